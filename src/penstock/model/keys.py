@@ -1,0 +1,19 @@
+"""Where each entity lives in the store, and by which labels it is found.
+
+Labels are immutable for the life of a record: membership never hangs on a field that changes.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+SANDBOX_SPEC: Final = "sandbox/spec/"  # + sandbox id; labels: team
+SANDBOX_STATUS: Final = "sandbox/status/"  # + sandbox id; labels: team, node
+NODE_SPEC: Final = "node/spec/"
+NODE_STATUS: Final = "node/status/"
+TEMPLATE: Final = "template/"  # + template id; labels: name
+BUILD: Final = "build/"
+TEAM: Final = "team/"
+API_KEY: Final = "key/"  # + key id; labels: hash, team
+IDEMPOTENCY: Final = "idempotency/"  # + team/key; value: the sandbox id; under a lease
+EVENT: Final = "event/"  # + zero-padded sequence; labels: subject

@@ -1,0 +1,181 @@
+"""What the node asks of Linux, as Protocols of at most eight methods.
+
+Each port has one real adapter (`node/linux/`) and one simulated (`sim/kernel.py`); both pass the same file in
+`tests/contract/`. Promises every adapter keeps:
+
+- names are given by the caller and carry the installation id; `list_*` returns only names of this installation;
+- a release treats "absent" as success, and returns only when the absence was verified;
+- nothing waits for ever: what may block takes `within_s` and raises `DeadlinePassed` naming the wait;
+- a method that was cancelled has either done all of its work or none that a `list_*` would not show.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import msgspec
+
+from penstock.model.sandbox import EgressRules, Limits
+
+
+class Slot(msgspec.Struct, frozen=True, kw_only=True):
+    """A ready network namespace, user namespace and id range. Single-use: destroyed after its sandbox, never scrubbed.
+
+    Descriptors are owned by the slot and closed by `Network.destroy_slot`; -1 in simulation.
+    """
+
+    number: int
+    address: str  # outer IPv4 address, unique on the host
+    netns_fd: int = -1
+    userns_fd: int = -1
+    uid_base: int = 0  # 65,536 ids from here; 0 inside maps to it
+
+
+class Disk(msgspec.Struct, frozen=True, kw_only=True):
+    """The writable upper of one sandbox: an ext4 image of a fixed size, mounted but attached nowhere."""
+
+    name: str
+    path: str  # of the image file
+    mount_fd: int = -1  # detached mount (fsmount), not yet idmapped; -1 in simulation
+
+
+class CgroupUsage(msgspec.Struct, frozen=True, kw_only=True):
+    cpu_s: float
+    memory_bytes: int
+    memory_cache_bytes: int
+    memory_bytes_max: int
+    pids: int
+    oom_kills: int
+
+
+class GuestConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What the guest is told at birth. `access_token` never appears in argv, the environment or a log."""
+
+    sandbox_id: str
+    template_id: str
+    access_token: str | None
+    env: dict[str, str]
+    user: str
+    workdir: str
+    hostname: str
+
+
+class LaunchOrder(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything a launcher needs to start one sandbox."""
+
+    sandbox: str
+    cgroup: str  # name given to Cgroups.create
+    layers: Sequence[str]  # host directories, topmost first
+    disk: Disk
+    slot: Slot
+    limits: Limits
+    run_dir: str  # host directory of this sandbox: guest.sock, control.sock, guest.log
+    guest: GuestConfig
+
+
+class Process(Protocol):
+    """pid 1 of a sandbox, held by a pidfd. Signals go through it only."""
+
+    pid: int
+    start_ticks: int
+
+    async def wait(self) -> int | None:
+        """The wait status once it has died; None when the kernel no longer knows it. Cancellation-safe."""
+
+    def signal(self, number: int) -> None:
+        """Send a signal. A dead process is success."""
+
+    def alive(self) -> bool: ...
+
+    def close(self) -> None:
+        """Give the descriptor back. The process is not touched."""
+
+
+class Launcher(Protocol):
+    """Starts sandboxes of one isolation tier."""
+
+    async def launch(self, order: LaunchOrder, *, within_s: float) -> Process:
+        """Return when the guest serves on `<run_dir>/guest.sock`.
+
+        Raises LaunchFailed(step) with everything it made undone, or DeadlinePassed after killing what it made.
+        """
+
+    def adopt(self, pid: int, start_ticks: int) -> Process | None:
+        """A handle on a living process, or None when (pid, start time) no longer names one."""
+
+    async def close(self) -> None:
+        """Let go of the launcher process. Sandboxes live on."""
+
+
+class Cgroups(Protocol):
+    async def create(self, name: str, limits: Limits) -> None:
+        """Make `name` with limits in every hierarchy in use. Raises FileExistsError when it is there."""
+
+    async def kill(self, name: str, *, within_s: float) -> None:
+        """Thaw if needed, kill every process in it, and return when it is empty. Absent is success."""
+
+    async def remove(self, name: str, *, within_s: float) -> None:
+        """Remove it and its children, retrying EBUSY. Absent is success."""
+
+    def list_names(self) -> set[str]: ...
+
+    def pids(self, name: str) -> list[int]: ...
+
+    def usage(self, name: str) -> CgroupUsage: ...
+
+    async def freeze(self, name: str, *, within_s: float) -> None: ...
+
+    async def thaw(self, name: str, *, within_s: float) -> None: ...
+
+
+class Network(Protocol):
+    async def open(self) -> None:
+        """Make or re-take the router namespace and its ruleset."""
+
+    async def create_slot(self, number: int) -> Slot: ...
+
+    async def destroy_slot(self, number: int, *, within_s: float) -> None:
+        """Withdraw its rules, flush its connections, close its descriptors, verify its link is gone."""
+
+    async def apply(self, number: int, rules: EgressRules) -> None:
+        """Replace the slot's egress rules, and cut live connections the new rules do not allow."""
+
+    def retake(self, number: int, pid: int) -> Slot:
+        """The slot of a running sandbox after a restart of the daemon, from /proc/<pid>/ns."""
+
+    def list_slots(self) -> set[int]:
+        """Numbers of every slot of this installation the kernel still shows (links, set elements)."""
+
+    async def close(self, *, destroy: bool) -> None:
+        """Let go of the router; with `destroy`, remove it and verify."""
+
+
+class Disks(Protocol):
+    async def create(self, name: str, limits: Limits) -> Disk: ...
+
+    async def remove(self, name: str, *, within_s: float) -> None:
+        """Unlink the image and verify that no loop device holds it. Absent is success."""
+
+    def list_names(self) -> set[str]: ...
+
+    def used_bytes(self, name: str) -> int: ...
+
+
+class Files(Protocol):
+    """The node's own folder: records and run directories. Writes survive kill -9 of the daemon, not power loss."""
+
+    def make_run_dir(self, sandbox: str) -> str: ...
+
+    def remove_run_dir(self, sandbox: str) -> None: ...
+
+    def list_run_dirs(self) -> set[str]: ...
+
+    def append_record(self, sandbox: str, line: bytes) -> None:
+        """Append one line to the sandbox's record, creating it. On disk (page cache) when it returns."""
+
+    def read_record(self, sandbox: str) -> list[bytes]: ...
+
+    def remove_record(self, sandbox: str) -> None: ...
+
+    def list_records(self) -> set[str]: ...
