@@ -1,0 +1,32 @@
+# Penstock's commands. `make demo` and `make test` set up everything they need first.
+.PHONY: demo test setup setup-test check sim linux bench soak
+
+PYTHON := .venv/bin/python
+
+setup:            ## prepare this machine, leave .venv/bin/penstock
+	@scripts/setup
+
+setup-test:
+	@scripts/setup --test
+
+demo: setup-test  ## start Penstock, drive it with the real e2b SDK, stop, show that nothing was left
+	@$(PYTHON) scripts/demo.py
+
+test: setup-test  ## every test, the real kernel included (root)
+	@scripts/test
+
+check:            ## style, types, layers
+	.venv/bin/ruff check src tests bench scripts
+	.venv/bin/ruff format --check src tests bench scripts
+	.venv/bin/mypy
+	.venv/bin/pytest tests/shape
+
+sim:              ## replay one simulated world: make sim SEED=42
+	$(PYTHON) -m penstock.sim --seed $(SEED)
+
+linux: setup-test ## the real-kernel tests alone (root)
+	.venv/bin/pytest tests/linux tests/spec
+
+bench:            ## measure, and compare with what a user would pick instead
+	@PENSTOCK_SETUP_BENCH=1 scripts/setup --test
+	@$(PYTHON) bench/all.py
