@@ -6,7 +6,7 @@ Spec and status are two records in the store, because they have two writers: the
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 from typing import Final
 
 import msgspec
@@ -23,7 +23,7 @@ PIDS_DEFAULT: Final = 2048
 TIMEOUT_S_DEFAULT: Final = 15.0  # the API's default; the SDKs always send 300
 
 
-class Phase(str, Enum):
+class Phase(StrEnum):
     PENDING = "pending"  # wanted, no node yet
     BOUND = "bound"  # a node was chosen, it has not said yes
     CREATING = "creating"  # the node takes kernel objects, each recorded first
@@ -40,7 +40,7 @@ class Phase(str, Enum):
     FAILED = "failed"  # never became ready; verified gone
 
 
-class Event(str, Enum):
+class Event(StrEnum):
     BIND = "bind"
     REFUSE = "refuse"
     ACCEPT = "accept"
@@ -105,13 +105,13 @@ TERMINAL: Final = frozenset({Phase.STOPPED, Phase.FAILED})
 SERVING: Final = frozenset({Phase.READY, Phase.DRAINING})
 
 
-class Isolation(str, Enum):
+class Isolation(StrEnum):
     """The tier a sandbox runs under. Stated on each sandbox, never silently lowered."""
 
     NAMESPACE = "namespace"
 
 
-class KillReason(str, Enum):
+class KillReason(StrEnum):
     REQUEST = "request"
     TIMEOUT = "timeout"
     ADMIN = "admin"

@@ -1,0 +1,146 @@
+"""The data folder of one installation: its identity, its secrets, its paths.
+
+Everything Penstock keeps lies below this folder (mode 0700). `installation` names every kernel object, so that two
+installations on one host never touch each other's. The folder is locked while a daemon runs on it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import random
+import secrets
+from pathlib import Path
+from typing import Final
+
+from penstock.core.errors import Kind, PenstockError
+from penstock.model.ids import mint_installation_id
+
+FORMAT: Final = "1"  # of the folder's layout; an older daemon refuses a newer folder
+
+
+class FolderInUse(PenstockError):
+    """Another daemon runs on this folder. The message names its pid."""
+
+    kind = Kind.CONFLICT
+    code = "folder_in_use"
+
+
+class FolderUnusable(PenstockError):
+    """The folder cannot be used: not ours, a newer format, or no permission."""
+
+    code = "folder_unusable"
+
+
+class DataFolder:
+    """Opens (and on first use makes) the folder at `path`. Takes no lock until `lock()`."""
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path).absolute()
+        self.run = self.path / "run"
+        self.zygote_socket = self.run / "zygote.sock"
+        self.feed_socket = self.run / "feed.sock"
+        self.door_socket = self.run / "daemon.sock"
+        self.daemon_file = self.run / "daemon.json"
+        self.zygote_file = self.run / "zygote.json"
+        self.ingress_file = self.run / "ingress.json"
+        self.router = self.run / "router"
+        self.store = self.path / "store.db"
+        self.layers = self.path / "layers"
+        self.disks = self.path / "disks"
+        self.tls = self.path / "tls"
+        self._lock_fd = -1
+
+    @property
+    def exists(self) -> bool:
+        return (self.path / "installation").exists()
+
+    def open(self) -> DataFolder:
+        """Make what is missing. Raises FolderUnusable when the folder is not ours or of a newer format."""
+        try:
+            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise FolderUnusable("data folder cannot be made", which=str(self.path), why=str(error)) from error
+        if not self.exists and any(p.name != "penstock.toml" for p in self.path.iterdir()):
+            raise FolderUnusable(
+                "folder is not empty and not a data folder of Penstock",
+                which=str(self.path),
+                now="name another with --data",
+            )
+        found = self._once("format", FORMAT)
+        if found != FORMAT:
+            raise FolderUnusable(
+                "data folder has another format",
+                which=str(self.path),
+                why=f"format {found}, this version reads {FORMAT}",
+                now="run the version that wrote it",
+            )
+        self._once("installation", mint_installation_id(random.SystemRandom()))
+        self._once("seed", secrets.token_hex(32))
+        self._once("api-key", "e2b_" + secrets.token_hex(20))
+        self._once("admin-token", "adm_" + secrets.token_hex(20))
+        for folder in (self.run, self.layers, self.disks, self.path / "records", self.run / "sb"):
+            folder.mkdir(mode=0o700, exist_ok=True)
+        return self
+
+    @property
+    def installation(self) -> str:
+        return self._read("installation")
+
+    @property
+    def seed(self) -> bytes:
+        """Seed of every sandbox's tokens. Never leaves root's processes on this machine."""
+        return bytes.fromhex(self._read("seed"))
+
+    @property
+    def api_key(self) -> str:
+        """The first key, kept for `penstock env` (mode 0600); the store holds only its hash."""
+        return self._read("api-key")
+
+    @property
+    def admin_token(self) -> str:
+        return self._read("admin-token")
+
+    def lock(self, *, exclusive: bool = True) -> None:
+        """Hold the folder for this process until it ends. Raises FolderInUse naming the holder."""
+        fd = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(fd, 32, 0).decode().strip()
+            os.close(fd)
+            raise FolderInUse(
+                "another daemon runs on this data folder",
+                which=str(self.path),
+                why=f"pid {holder}",
+                now=f"stop it with: penstock down --data {self.path}",
+            ) from None
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, str(os.getpid()).encode(), 0)
+        self._lock_fd = fd
+
+    def unlock(self) -> None:
+        if self._lock_fd >= 0:
+            os.close(self._lock_fd)
+            self._lock_fd = -1
+
+    def _read(self, name: str) -> str:
+        return (self.path / name).read_text().strip()
+
+    def _once(self, name: str, value: str) -> str:
+        """The content of file `name`, written with `value` if absent: atomically, and never rewritten."""
+        path = self.path / name
+        if not path.exists():
+            part = self.path / f".{name}.{os.getpid()}"
+            fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            with os.fdopen(fd, "w") as file:
+                file.write(value + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            try:
+                os.link(part, path)  # link, not rename: the first of two racing starters wins
+            except FileExistsError:
+                pass
+            finally:
+                part.unlink()
+        return self._read(name)

@@ -1,0 +1,153 @@
+"""Settings of one installation: command line, then `PENSTOCK_*` environment, then a file, then defaults.
+
+The file is TOML, `<data>/penstock.toml` unless `--config` names another. Every value that was read is checked here;
+a bad one raises `Invalid` naming the field as the person wrote it, and nothing has been started by then.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Final, get_args, get_type_hints
+
+import msgspec
+
+from penstock.model.errors import Invalid
+from penstock.model.units import parse_bytes, parse_seconds
+
+DATA_DEFAULT: Final = "/var/lib/penstock"
+ENV_PREFIX: Final = "PENSTOCK_"
+
+
+class OnStop(StrEnum):
+    """What stopping the daemon does to sandboxes. `keep` leaves sandboxes, ingress and zygote running."""
+
+    KEEP = "keep"
+    DRAIN = "drain"
+    FORCE = "force"
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """One installation. Addresses are HOST:PORT; port 0 takes a free one. Sizes are bytes, times are seconds."""
+
+    data: str = DATA_DEFAULT
+    api: str = "127.0.0.1:3000"
+    ingress: str = "127.0.0.1:3002"
+    tls: str = "127.0.0.1:0"
+    tls_cert: str = ""  # PEM files of a wildcard certificate; empty: made by a local authority under <data>/tls
+    tls_key: str = ""
+    domain: str = "sbx.localhost"
+    on_stop: OnStop | None = None  # None: drain on a terminal, keep as a service
+    drain_s: float = 30.0  # bound of a drain at stop; then what is left is forced
+    slots_ready: int = 8  # slots and disks kept prepared
+    slots_max: int = 1024  # sandboxes on this node at once
+    starts_max: int = 6  # starts that run at once; more wait in order
+    starts_waiting_max: int = 1000
+    team_sandboxes_max: int = 2000
+    team_timeout_s_max: float = 24 * 3600.0
+    allow_private_egress: bool = False
+    network_cidr: str = "10.201.0.0/16"
+    uplink: bool = True  # NAT to the host's default route, when it has one
+    log_level: str = "info"
+
+
+_SECONDS: Final = frozenset({"drain_s", "team_timeout_s_max"})
+
+
+def load(given: Mapping[str, Any], *, environ: Mapping[str, str] | None = None, config: str | None = None) -> Settings:
+    """Settings from `given` (what the command line set; None means not set), environment, file, defaults.
+
+    Raises Invalid naming the field and where it came from.
+    """
+    environ = os.environ if environ is None else environ
+    values = {name: value for name, value in given.items() if value is not None}
+    data = str(values.get("data") or environ.get(f"{ENV_PREFIX}DATA") or DATA_DEFAULT)
+    merged = _from_file(Path(config) if config else Path(data) / "penstock.toml", must_exist=config is not None)
+    for name in Settings.__struct_fields__:
+        text = environ.get(ENV_PREFIX + name.upper())
+        if text is not None:
+            merged[name] = _parse(name, text, f"{ENV_PREFIX}{name.upper()}")
+    for name, value in values.items():
+        merged[name] = _parse(name, value, f"--{name.replace('_', '-')}") if isinstance(value, str) else value
+    merged["data"] = str(Path(str(merged.get("data", data))).absolute())
+    settings = Settings(**merged)
+    _check(settings)
+    return settings
+
+
+def host_port(text: str, *, field: str) -> tuple[str, int]:
+    """`"127.0.0.1:3000"` → `("127.0.0.1", 3000)`. Raises Invalid naming `field`."""
+    host, colon, port = text.rpartition(":")
+    if not colon or not host or not port.isdigit() or int(port) > 65535:
+        raise Invalid(field, f"{text!r} is not HOST:PORT", now="write it as 127.0.0.1:3000 (port 0 takes a free one)")
+    return host.strip("[]"), int(port)
+
+
+def _from_file(path: Path, *, must_exist: bool) -> dict[str, Any]:
+    try:
+        raw = tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        if must_exist:
+            raise Invalid("--config", f"{path} does not exist") from None
+        return {}
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as bad:
+        raise Invalid(str(path), f"is not TOML: {bad}") from bad
+    unknown = sorted(set(raw) - set(Settings.__struct_fields__))
+    if unknown:
+        raise Invalid(
+            str(path), f"unknown setting {unknown[0]!r}", now=f"known: {', '.join(Settings.__struct_fields__)}"
+        )
+    return {
+        name: _parse(name, value, f"{path}: {name}") if isinstance(value, str) else value for name, value in raw.items()
+    }
+
+
+def _parse(name: str, value: str, where: str) -> object:
+    kind = get_type_hints(Settings).get(name, str)
+    kinds = get_args(kind) or (kind,)
+    if name in _SECONDS:
+        return parse_seconds(value, field=where)
+    if bool in kinds:
+        lowered = value.lower()
+        if lowered not in ("1", "0", "true", "false", "yes", "no", "on", "off"):
+            raise Invalid(where, f"{value!r} is not yes or no")
+        return lowered in ("1", "true", "yes", "on")
+    if int in kinds:
+        return parse_bytes(value, field=where) if name.endswith("_bytes") else _integer(value, where)
+    if OnStop in kinds:
+        try:
+            return OnStop(value)
+        except ValueError:
+            raise Invalid(where, f"{value!r} is not one of keep, drain, force") from None
+    return value
+
+
+def _integer(value: str, where: str) -> int:
+    try:
+        return int(value)
+    except ValueError:
+        raise Invalid(where, f"{value!r} is not a whole number") from None
+
+
+def _check(settings: Settings) -> None:
+    for name in ("api", "ingress", "tls"):
+        host_port(getattr(settings, name), field=name)
+    for name, least, most in (
+        ("slots_ready", 0, 256),
+        ("slots_max", 1, 16_384),
+        ("starts_max", 1, 256),
+        ("starts_waiting_max", 0, 100_000),
+        ("team_sandboxes_max", 1, 1_000_000),
+    ):
+        value = getattr(settings, name)
+        if type(value) is not int or not least <= value <= most:
+            raise Invalid(name, f"{value!r} is not between {least} and {most}")
+    if not 0 < settings.drain_s <= 24 * 3600:
+        raise Invalid("drain_s", f"{settings.drain_s} is not between 0 and a day")
+    if bool(settings.tls_cert) != bool(settings.tls_key):
+        raise Invalid("tls_cert", "a certificate needs its key, and a key its certificate", now="give both or none")
+    if not settings.domain or settings.domain.startswith(".") or "/" in settings.domain:
+        raise Invalid("domain", f"{settings.domain!r} is not a domain name")
