@@ -181,6 +181,7 @@ class SandboxStatus(msgspec.Struct, frozen=True, kw_only=True):
     node: NodeId
     team: TeamId
     because: str = ""  # one line a person understands: why it is in this phase
+    spec_revision: int = 0  # revision of the last spec whose egress rules and expiry are in force
     kill_reason: KillReason | None = None
     pid: int = 0  # pid 1 of the sandbox, in the host's pid namespace
     start_ticks: int = 0  # field 22 of /proc/<pid>/stat; with boot_id it identifies the process for ever

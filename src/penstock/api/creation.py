@@ -1,0 +1,234 @@
+"""Creating a sandbox: check everything, reserve, commit the intent once, wait for the fact.
+
+A repeated create with the same `Idempotency-Key` returns the same sandbox: the key and the spec are one commit, so
+there is no moment in which one exists without the other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from typing import Any, Final
+
+import msgspec
+
+from penstock.api import egress
+from penstock.api.front import Caller, Front
+from penstock.api.shapes import NewSandbox
+from penstock.core.deadlines import DeadlinePassed
+from penstock.model import keys
+from penstock.model.errors import Conflict, Internal, Invalid, NotFound, Unavailable, Unsupported
+from penstock.model.ids import SandboxId, mint_sandbox_id
+from penstock.model.sandbox import (
+    TERMINAL,
+    TIMEOUT_S_DEFAULT,
+    KillReason,
+    Limits,
+    Phase,
+    SandboxSpec,
+    SandboxStatus,
+    StopOrder,
+)
+from penstock.model.team import TeamLimits
+from penstock.model.template import Template
+from penstock.store.errors import RevisionConflict
+from penstock.store.store import Put
+
+IDEMPOTENCY_S: Final = 24 * 3600.0
+_IDEMPOTENCY_KEY: Final = re.compile(r"[A-Za-z0-9-]{1,255}")
+_MASK: Final = re.compile(r"[\x21-\x7e]{1,255}")
+_ALIASES_OF_BASE: Final = frozenset({"e2bdev/base"})
+
+
+async def create(front: Front, caller: Caller, asked: NewSandbox, *, idempotency_key: str | None) -> SandboxSpec:
+    """A ready sandbox. Raises Invalid, NotFound (template), LimitReached, Unavailable, DeadlinePassed, Internal.
+
+    If the caller goes away meanwhile, the sandbox stays and ends by its own timeout.
+    """
+    spec = _spec(front, caller, asked)
+    if idempotency_key is not None:
+        known = _known(front, caller, idempotency_key, asked)
+        if known is not None:
+            return await _ready(front, known)
+    front.roster.reserve(caller.team, spec.id, sandboxes_max=front.limits_of(caller.team).sandboxes_max)
+    try:
+        await _commit(front, caller, spec, asked, idempotency_key)
+    except RevisionConflict:
+        # Another request with the same key was faster: its sandbox is the answer.
+        front.roster.release(spec.id)
+        known = _known(front, caller, idempotency_key or "", asked)
+        if known is None:
+            raise
+        return await _ready(front, known)
+    except BaseException:
+        front.roster.release(spec.id)
+        raise
+    return await _ready(front, spec.id)
+
+
+def timeout_s(asked: int | None, limits: TeamLimits, *, default: float = TIMEOUT_S_DEFAULT, least: int = 1) -> float:
+    """The life a caller asked for, in seconds. Raises Invalid below `least` or above the team's limit."""
+    if asked is None:
+        return default
+    if asked < least:
+        raise Invalid("timeout", f"{asked} is below {least} s")
+    if asked > limits.timeout_s_max:
+        raise Invalid("timeout", f"{asked} s is above the team's limit of {limits.timeout_s_max:.0f} s")
+    return float(asked)
+
+
+def resolve_template(front: Front, name: str) -> Template:
+    """The template called `name` (id, alias, `alias:default`). Raises NotFound as the SDKs expect it."""
+    alias, _, tag = name.removeprefix("default/").partition(":")
+    if alias in _ALIASES_OF_BASE:
+        alias = "base"
+    found = front.templates.get(alias) or next(iter(front.templates.by("name", alias)), None)
+    if found is None:
+        raise NotFound(f"template {name!r} not found")
+    if tag not in ("", "default"):
+        raise NotFound(f"tag {tag!r} does not exist for template {alias!r}")
+    return found
+
+
+def _spec(front: Front, caller: Caller, asked: NewSandbox) -> SandboxSpec:
+    _refuse_unbuilt(asked)
+    template = resolve_template(front, asked.templateID)
+    limits = front.limits_of(caller.team)
+    now = front.clock.wall()
+    network = asked.network
+    # The v1 endpoint sends `secure: false` for an open guest; without the field a sandbox is always secured.
+    secure = asked.secure is not False
+    private = network is not None and network.allowPublicTraffic is False
+    if private and not secure:
+        raise Invalid(
+            "network.allowPublicTraffic", "you cannot create a sandbox without public access unless secure is enabled"
+        )
+    return SandboxSpec(
+        id=mint_sandbox_id(front.rng),
+        team=caller.team,
+        template=asked.templateID,
+        build=template.build,
+        limits=Limits(),
+        created_at=now,
+        end_at=now + timeout_s(asked.timeout, limits),
+        secure=secure,
+        traffic_private=private,
+        mask_request_host=_mask(network.maskRequestHost if network else None),
+        metadata=asked.metadata,
+        env=_environment(asked.envVars),
+        egress=egress.read(
+            network.allowOut if network else None,
+            network.denyOut if network else None,
+            internet=asked.allow_internet_access,
+            rules=network.rules if network else None,
+            egress_proxy=network.egressProxy if network else None,
+        ),
+    )
+
+
+def _refuse_unbuilt(asked: NewSandbox) -> None:
+    if not asked.autoPauseMemory and not asked.autoPause:
+        raise Invalid("autoPauseMemory", "needs autoPause")
+    if not asked.autoPauseMemory and asked.autoResume is not None and asked.autoResume.enabled:
+        raise Invalid("autoPauseMemory", "a file-system-only pause cannot be resumed by traffic")
+    for field in ("autoPause", "mcp", "iam", "volumeMounts"):
+        if getattr(asked, field):
+            raise Unsupported(f"{field} is not built yet", now="leave the field out")
+    if asked.autoResume is not None and asked.autoResume.enabled:
+        raise Unsupported("autoResume is not built yet", now="leave the field out")
+
+
+def _environment(given: dict[str, str]) -> dict[str, str]:
+    for name in given:
+        if not name or "=" in name:
+            raise Invalid("envVars", f"{name!r} cannot be the name of an environment variable")
+    return given
+
+
+def _mask(host: str | None) -> str | None:
+    if host is None:
+        return None
+    if not _MASK.fullmatch(host) or any(c in host.replace("${PORT}", "") for c in "/\\@?#{}$"):
+        raise Invalid("network.maskRequestHost", f"{host!r} is not host[:port]", now="${PORT} may stand for the port")
+    return host
+
+
+def _digest(asked: NewSandbox) -> str:
+    return hashlib.sha256(asked.model_dump_json().encode()).hexdigest()
+
+
+def _key(caller: Caller, idempotency_key: str) -> str:
+    if not _IDEMPOTENCY_KEY.fullmatch(idempotency_key):
+        raise Invalid("Idempotency-Key", "is not 1 to 255 characters of [A-Za-z0-9-]")
+    return f"{keys.IDEMPOTENCY}{caller.team}/{idempotency_key}"
+
+
+def _known(front: Front, caller: Caller, idempotency_key: str, asked: NewSandbox) -> SandboxId | None:
+    record = front.store.get(_key(caller, idempotency_key))
+    if record is None:
+        return None
+    remembered: dict[str, str] = msgspec.json.decode(record.value)
+    if remembered["digest"] != _digest(asked):
+        raise Conflict("this Idempotency-Key was used with another request", now="use a fresh key")
+    return SandboxId(remembered["sandbox"])
+
+
+async def _commit(
+    front: Front, caller: Caller, spec: SandboxSpec, asked: NewSandbox, idempotency_key: str | None
+) -> None:
+    encode = msgspec.json.encode
+    puts = [Put(keys.SANDBOX_SPEC + spec.id, encode(spec), labels={"team": spec.team}, expect=0)]
+    if idempotency_key is not None:
+        lease = await front.store.grant(IDEMPOTENCY_S)
+        value = encode({"sandbox": spec.id, "digest": _digest(asked)})
+        puts.append(Put(_key(caller, idempotency_key), value, expect=0, lease=lease))
+    await front.store.commit(puts, by="api")
+
+
+def _settled(status: SandboxStatus | None) -> bool:
+    return status is not None and (status.phase is Phase.READY or status.phase in TERMINAL)
+
+
+async def _ready(front: Front, sandbox: SandboxId) -> SandboxSpec:
+    try:
+        status = await front.roster.statuses.wait_for(sandbox, _settled, within_s=front.ready_s)
+    except DeadlinePassed:
+        await order_stop(front, sandbox, KillReason.START_FAILED, by="api: not ready in time")
+        raise Unavailable("Failed to place sandbox: it was not ready in time", which=sandbox, retry_after_s=5) from None
+    spec = front.roster.specs.get(sandbox)
+    if status is not None and status.phase is Phase.READY and spec is not None:
+        return spec
+    raise Internal("Failed to place sandbox", which=sandbox, why=status.because if status else "it is gone")
+
+
+async def order_stop(front: Front, sandbox: SandboxId, reason: KillReason, *, by: str) -> bool:
+    """Write the stop order once. False when the sandbox is gone already."""
+    return await change(front, sandbox, lambda spec: _stopped(front, spec, reason, by)) is not None
+
+
+def _stopped(front: Front, spec: SandboxSpec, reason: KillReason, by: str) -> SandboxSpec:
+    if spec.stop is not None:
+        return spec
+    return msgspec.structs.replace(spec, stop=StopOrder(reason=reason, by=by, at=front.clock.wall()))
+
+
+async def change(front: Front, sandbox: SandboxId, edit: Any) -> int | None:
+    """Apply `edit(spec) -> spec` under compare-and-swap. Returns the revision, None when the sandbox is gone.
+
+    Bounded: eight lost races in a row raise Conflict; each loss means that somebody else made progress.
+    """
+    for _ in range(8):
+        record = front.store.get(keys.SANDBOX_SPEC + sandbox)
+        if record is None:
+            return None
+        before = msgspec.json.decode(record.value, type=SandboxSpec)
+        after = edit(before)
+        if after == before:
+            return record.mod_revision
+        try:
+            return await front.store.commit(
+                [Put(record.key, msgspec.json.encode(after), labels=None, expect=record.mod_revision)], by="api"
+            )
+        except RevisionConflict:
+            continue
+    raise Conflict("the sandbox is being changed by others", which=sandbox, now="try again")

@@ -1,0 +1,101 @@
+"""What every handler needs, and who is calling."""
+
+from __future__ import annotations
+
+import hmac
+import random
+from dataclasses import dataclass
+from typing import Annotated, Final
+
+from fastapi import Depends, Header, Request
+
+from penstock.api.ports import Measurements
+from penstock.api.roster import Roster
+from penstock.core.clock import Clock
+from penstock.feed.view import View
+from penstock.model.errors import Forbidden, Unauthenticated
+from penstock.model.ids import KeyId, TeamId
+from penstock.model.team import ApiKey, Team, TeamLimits
+from penstock.model.template import Build, Template
+from penstock.store.store import Store
+from penstock.wire import tokens
+
+ENVD_VERSION: Final = "0.6.13"  # the guest protocol we answer; the SDKs compare it (e2b-sdk 5)
+CLIENT_ID: Final = "6532622b"  # a dummy the SDKs require (e2b 1.3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Front:
+    """The API's world. `domain` may carry a port (`sbx.localhost:3943`); `seed` derives every sandbox's tokens."""
+
+    store: Store
+    roster: Roster
+    templates: View[Template]
+    builds: View[Build]
+    keys: View[ApiKey]
+    teams: View[Team]
+    measurements: Measurements
+    clock: Clock
+    rng: random.Random
+    seed: bytes
+    domain: str
+    admin_token: str
+    limits: TeamLimits
+    ready_s: float = 60.0  # how long a create may take before it answers 504
+
+    def limits_of(self, team: TeamId) -> TeamLimits:
+        found = self.teams.get(team)
+        return found.limits if found is not None else self.limits
+
+
+@dataclass(frozen=True)
+class Caller:
+    """An authenticated request: the team it acts for, and the key that said so (None for the operator)."""
+
+    team: TeamId
+    key: KeyId | None
+
+    @property
+    def name(self) -> str:
+        return f"key {self.key}" if self.key else "operator"
+
+
+def front_of(request: Request) -> Front:
+    front: Front = request.app.state.front
+    return front
+
+
+def caller_of(
+    front: Annotated[Front, Depends(front_of)],
+    x_api_key: Annotated[str | None, Header()] = None,
+    x_admin_token: Annotated[str | None, Header()] = None,
+    x_team_id: Annotated[str | None, Header()] = None,
+) -> Caller:
+    """The caller by `X-API-Key`, or the operator by `X-Admin-Token` with an optional `X-Team-ID`.
+
+    Raises Unauthenticated. Keys are compared by their hash, so the look-up's timing tells nothing about a key.
+    """
+    if x_admin_token is not None:
+        if not hmac.compare_digest(x_admin_token.encode(), front.admin_token.encode()):
+            raise Unauthenticated("the admin token is not this installation's")
+        return Caller(TeamId(x_team_id or "default"), None)
+    if not x_api_key:
+        raise Unauthenticated("no API key", now="send it in the X-API-Key header (E2B_API_KEY)")
+    digest = tokens.hash_key(x_api_key)
+    for key in front.keys.by("hash", digest) if digest else ():
+        if key.revoked_at:
+            raise Unauthenticated("the API key was revoked", now="make a new one: penstock key create")
+        return Caller(key.team, key.id)
+    raise Unauthenticated("the API key is not known here", now="see: penstock env, penstock key create")
+
+
+def operator_of(caller: Annotated[Caller, Depends(caller_of)]) -> Caller:
+    """Only the operator (admin token) passes. Raises Forbidden."""
+    if caller.key is not None:
+        raise Forbidden("this needs the admin token", now="send X-Admin-Token")
+    return caller
+
+
+FrontDep = Annotated[Front, Depends(front_of)]
+CallerDep = Annotated[Caller, Depends(caller_of)]
+OperatorDep = Annotated[Caller, Depends(operator_of)]

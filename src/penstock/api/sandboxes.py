@@ -1,0 +1,189 @@
+"""Sandboxes: create, connect, list, get, kill, timeout, refresh, network."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Final
+
+import msgspec
+from fastapi import APIRouter, Body, Header, Path, Query, Response
+from fastapi.responses import JSONResponse
+
+from penstock.api import creation, egress, listing, shapes
+from penstock.api.front import Caller, CallerDep, Front, FrontDep
+from penstock.model.errors import Conflict, Invalid, NotFound, Unsupported
+from penstock.model.ids import SANDBOX_ID_PATTERN, SandboxId
+from penstock.model.sandbox import TERMINAL, KillReason, Phase, SandboxSpec, SandboxStatus
+
+router = APIRouter(tags=["sandboxes"])
+
+KILLED_WITHIN_S: Final = 15.0
+APPLIED_WITHIN_S: Final = 10.0
+REFRESH_S_DEFAULT: Final = 15
+
+_GONE: Final = TERMINAL | {Phase.QUARANTINED}
+
+
+def sandbox_id(id: Annotated[str, Path(max_length=128)]) -> SandboxId:
+    """The path's sandbox id. The old composite form `id-client` is shortened (e2b 1.3)."""
+    short = id.partition("-")[0]
+    if not SANDBOX_ID_PATTERN.fullmatch(short):
+        raise Invalid("sandboxID", "Invalid sandbox ID")
+    return SandboxId(short)
+
+
+@router.post("/sandboxes", status_code=201)
+@router.post("/v2/sandboxes", status_code=201)
+async def create(
+    front: FrontDep,
+    caller: CallerDep,
+    asked: shapes.NewSandbox,
+    idempotency_key: Annotated[str | None, Header()] = None,
+) -> Response:
+    spec = await creation.create(front, caller, asked, idempotency_key=idempotency_key)
+    return JSONResponse(shapes.sandbox(front, spec), status_code=201)
+
+
+@router.get("/sandboxes")
+async def list_running(front: FrontDep, caller: CallerDep, metadata: str | None = None) -> Response:
+    """Version 1: running ones only, newest first, one page."""
+    query = listing.read(metadata=metadata, state=["running"])
+    rows: list[dict[str, Any]] = []
+    while True:
+        page, token, _ = listing.select(front, caller.team, query)
+        rows += [shapes.listed(*row) for row in page]
+        if token is None:
+            return JSONResponse(rows)
+        query = listing.read(metadata=metadata, state=["running"], next_token=token)
+
+
+@router.get("/v2/sandboxes")
+async def list_all(
+    front: FrontDep,
+    caller: CallerDep,
+    metadata: str | None = None,
+    state: Annotated[list[str] | None, Query()] = None,
+    order: str | None = None,
+    startedAfter: str | None = None,
+    template: str | None = None,
+    limit: int | None = None,
+    nextToken: str | None = None,
+) -> Response:
+    query = listing.read(
+        metadata=metadata,
+        state=state,
+        order=order,
+        started_after=startedAfter,
+        template=template,
+        limit=limit,
+        next_token=nextToken,
+    )
+    page, token, running = listing.select(front, caller.team, query)
+    headers = {"X-Next-Token": token} if token else {}
+    if "running" in query.states:
+        headers["X-Total-Running"] = str(running)
+    return JSONResponse([shapes.listed(*row) for row in page], headers=headers)
+
+
+@router.get("/sandboxes/{id}")
+async def get(front: FrontDep, caller: CallerDep, id: str) -> Response:
+    spec = front.roster.require(caller.team, sandbox_id(id))
+    return JSONResponse(shapes.detail(front, spec, front.roster.statuses.get(spec.id)))
+
+
+@router.delete("/sandboxes/{id}", status_code=204)
+async def kill(front: FrontDep, caller: CallerDep, id: str) -> Response:
+    """Answers when the sandbox is verified gone; 404 when it had ended already."""
+    spec = front.roster.require(caller.team, sandbox_id(id))
+    await creation.order_stop(front, spec.id, KillReason.REQUEST, by=caller.name)
+    await front.roster.statuses.wait_for(
+        spec.id, lambda status: status is None or status.phase in _GONE, within_s=KILLED_WITHIN_S
+    )
+    return Response(status_code=204)
+
+
+@router.post("/sandboxes/{id}/connect")
+@router.post("/v2/sandboxes/{id}/connect")
+async def connect(
+    front: FrontDep, caller: CallerDep, id: str, asked: Annotated[shapes.ConnectSandbox | None, Body()] = None
+) -> Response:
+    """200 and a later end for a running sandbox; its end never comes nearer by connecting."""
+    spec = front.roster.require(caller.team, sandbox_id(id))
+    seconds = creation.timeout_s(asked.timeout if asked else None, front.limits_of(caller.team), least=0)
+    await _extend(front, caller, spec, seconds)
+    spec = front.roster.require(caller.team, spec.id)
+    return JSONResponse(shapes.sandbox(front, spec), status_code=200)
+
+
+@router.post("/sandboxes/{id}/timeout", status_code=204)
+async def set_timeout(front: FrontDep, caller: CallerDep, id: str, asked: shapes.SetTimeout) -> Response:
+    """The end is now + timeout, sooner or later than before. A negative timeout counts as 0 (e2b 2.3)."""
+    spec = front.roster.require(caller.team, sandbox_id(id))
+    seconds = creation.timeout_s(max(0, asked.timeout), front.limits_of(caller.team), least=0)
+    end_at = front.clock.wall() + seconds
+    await _require_changed(front, caller, spec, lambda now: msgspec.structs.replace(now, end_at=end_at))
+    return Response(status_code=204)
+
+
+@router.post("/sandboxes/{id}/refreshes", status_code=204)
+async def refresh(
+    front: FrontDep, caller: CallerDep, id: str, asked: Annotated[shapes.Refresh | None, Body()] = None
+) -> Response:
+    spec = front.roster.require(caller.team, sandbox_id(id))
+    duration = asked.duration if asked is not None and asked.duration is not None else REFRESH_S_DEFAULT
+    await _extend(front, caller, spec, float(max(REFRESH_S_DEFAULT, duration)))
+    return Response(status_code=204)
+
+
+@router.put("/sandboxes/{id}/network", status_code=204)
+async def update_network(front: FrontDep, caller: CallerDep, id: str, asked: shapes.NetworkUpdate) -> Response:
+    """Replaces the egress rules whole; answers when the node enforces them."""
+    spec = front.roster.require(caller.team, sandbox_id(id))
+    rules = egress.read(
+        asked.allowOut,
+        asked.denyOut,
+        internet=asked.allow_internet_access,
+        rules=asked.rules,
+        egress_proxy=asked.egressProxy,
+    )
+    revision = await _require_changed(front, caller, spec, lambda now: msgspec.structs.replace(now, egress=rules))
+
+    def applied(status: SandboxStatus | None) -> bool:
+        return status is None or status.phase in _GONE or status.spec_revision >= revision
+
+    status = await front.roster.statuses.wait_for(spec.id, applied, within_s=APPLIED_WITHIN_S)
+    if status is None or status.phase in _GONE:
+        raise NotFound(f"sandbox {spec.id!r} ended meanwhile")
+    return Response(status_code=204)
+
+
+@router.post("/sandboxes/{id}/pause")
+async def pause(front: FrontDep, caller: CallerDep, id: str) -> Response:
+    front.roster.require(caller.team, sandbox_id(id))
+    raise Unsupported("pausing a sandbox is not built yet", now="keep it running: raise its timeout")
+
+
+@router.post("/sandboxes/{id}/resume", status_code=201)
+async def resume(front: FrontDep, caller: CallerDep, id: str) -> Response:
+    front.roster.require(caller.team, sandbox_id(id))
+    raise Conflict("the sandbox is running")
+
+
+async def _extend(front: Front, caller: Caller, spec: SandboxSpec, seconds: float) -> None:
+    end_at = front.clock.wall() + seconds
+    await _require_changed(
+        front, caller, spec, lambda now: msgspec.structs.replace(now, end_at=max(now.end_at, end_at))
+    )
+
+
+async def _require_changed(front: Front, caller: Caller, spec: SandboxSpec, edit: Any) -> int:
+    def guarded(now: SandboxSpec) -> SandboxSpec:
+        if now.stop is not None:
+            raise NotFound(f"sandbox {now.id!r} is being stopped")
+        changed: SandboxSpec = edit(now)
+        return changed
+
+    revision = await creation.change(front, spec.id, guarded)
+    if revision is None:
+        raise NotFound(f"sandbox {spec.id!r} doesn't exist or you don't have access to it")
+    await front.roster.specs.wait_revision(revision, within_s=APPLIED_WITHIN_S)
+    return revision
