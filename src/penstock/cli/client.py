@@ -1,0 +1,136 @@
+"""A small client of our own API: REST for sandboxes and keys, Connect for commands. Used by the CLI alone."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterator
+from typing import Any, Final
+
+import httpx
+
+from penstock.cli.profile import Profile
+from penstock.core.errors import PenstockError
+from penstock.wire import connect
+
+REQUEST_S: Final = 75.0  # above the server's own bound on a create
+
+
+class CallFailed(PenstockError):
+    """The API refused (`status` is its HTTP status, 0 when nobody answered). The message is the server's."""
+
+    code = "call_failed"
+    status = 0
+
+
+class Client:
+    """One installation, synchronously. Close with `close()` or use as a context manager."""
+
+    def __init__(self, profile: Profile) -> None:
+        self.profile = profile
+        headers = {"X-API-Key": profile.api_key}
+        self._api = httpx.Client(base_url=profile.api_url, headers=headers, timeout=REQUEST_S)
+        self._guest = httpx.Client(base_url=profile.sandbox_url, timeout=httpx.Timeout(10.0, read=None))
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._api.close()
+        self._guest.close()
+
+    # ---- REST -------------------------------------------------------------------------------------------
+
+    def call(self, method: str, path: str, *, admin: bool = False, **kwargs: Any) -> httpx.Response:
+        """One request. Raises CallFailed with the server's message, or when nobody answers."""
+        if admin and self.profile.admin_token:
+            kwargs.setdefault("headers", {})["X-Admin-Token"] = self.profile.admin_token
+        try:
+            response = self._api.request(method, path, **kwargs)
+        except httpx.TransportError as error:
+            raise _unreachable(self.profile.api_url, error) from error
+        return _checked(response)
+
+    def sandbox(self, sandbox: str) -> dict[str, Any]:
+        body: dict[str, Any] = self.call("GET", f"/sandboxes/{sandbox}").json()
+        return body
+
+    # ---- the guest --------------------------------------------------------------------------------------
+
+    def guest_headers(self, sandbox: dict[str, Any], user: str | None) -> dict[str, str]:
+        headers = {"E2b-Sandbox-Id": sandbox["sandboxID"], "E2b-Sandbox-Port": "49983"}
+        if sandbox.get("envdAccessToken"):
+            headers["X-Access-Token"] = sandbox["envdAccessToken"]
+        if user:
+            headers["Authorization"] = "Basic " + base64.b64encode(f"{user}:".encode()).decode()
+        return headers
+
+    def unary(self, sandbox: dict[str, Any], method: str, message: dict[str, Any], user: str | None = None) -> Any:
+        response = self._guest.post(f"/{method}", json=message, headers=self.guest_headers(sandbox, user))
+        return _checked(response).json()
+
+    def start(self, sandbox: dict[str, Any], message: dict[str, Any], user: str | None) -> Iterator[dict[str, Any]]:
+        """Run a process; yields its events (`start`, `data`, `end`). Closing the iterator leaves it running."""
+        headers = self.guest_headers(sandbox, user) | {
+            "Content-Type": "application/connect+json",
+            "Connect-Protocol-Version": "1",
+            "Keepalive-Ping-Interval": "50",
+        }
+        body = connect.frame(json.dumps(message).encode())
+        try:
+            with self._guest.stream("POST", "/process.Process/Start", content=body, headers=headers) as response:
+                if response.status_code != 200:
+                    response.read()
+                    _checked(response)
+                yield from _events(response)
+        except httpx.TransportError as error:
+            raise CallFailed(
+                "the connection to the sandbox broke", which=sandbox["sandboxID"], why=str(error)
+            ) from error
+
+    def download(self, sandbox: dict[str, Any], path: str, user: str | None) -> Iterator[bytes]:
+        params = {"path": path} | ({"username": user} if user else {})
+        headers = self.guest_headers(sandbox, None) | {"Accept-Encoding": "identity"}
+        with self._guest.stream("GET", "/files", params=params, headers=headers) as response:
+            if response.status_code != 200:
+                response.read()
+                _checked(response)
+            yield from response.iter_bytes(256 * 1024)
+
+    def upload(self, sandbox: dict[str, Any], path: str, chunks: Iterator[bytes], user: str | None) -> Any:
+        params = {"path": path} | ({"username": user} if user else {})
+        headers = self.guest_headers(sandbox, None) | {"Content-Type": "application/octet-stream"}
+        return _checked(self._guest.post("/files", params=params, headers=headers, content=chunks)).json()
+
+
+def _events(response: httpx.Response) -> Iterator[dict[str, Any]]:
+    reader = connect.FrameReader()
+    for chunk in response.iter_raw():
+        for flags, payload in reader.feed(chunk):
+            message = json.loads(payload or b"{}")
+            if flags & connect.END_STREAM:
+                error = message.get("error")
+                if error:
+                    raise CallFailed(error.get("message", error.get("code", "failed")))
+                return
+            yield message["event"]
+    raise CallFailed("the sandbox ended while the command ran")
+
+
+def _checked(response: httpx.Response) -> httpx.Response:
+    if response.is_success:
+        return response
+    try:
+        message = response.json().get("message", response.text)
+    except ValueError:
+        message = response.text or response.reason_phrase
+    failed = CallFailed(message)
+    failed.status = response.status_code
+    raise failed
+
+
+def _unreachable(url: str, error: Exception) -> CallFailed:
+    return CallFailed("nobody answers", which=url, why=str(error), now="is the daemon running? (penstock up)")

@@ -1,0 +1,55 @@
+"""Which installation a command talks to, and with which key.
+
+`E2B_API_URL`, `E2B_SANDBOX_URL` and `E2B_API_KEY` win, as for the SDKs; else the data folder (`--data`,
+`PENSTOCK_DATA`, or the default) tells where its daemon listens and what its first key is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from penstock.core.errors import Kind, PenstockError
+
+DATA_DEFAULT = "/var/lib/penstock"
+
+
+class NoInstallation(PenstockError):
+    """Nothing to talk to. The message says where it was looked for."""
+
+    kind = Kind.UNAVAILABLE
+    code = "no_installation"
+
+
+@dataclass(frozen=True)
+class Profile:
+    api_url: str
+    sandbox_url: str
+    api_key: str
+    admin_token: str | None = None
+
+
+def data_of(given: str | None) -> Path:
+    return Path(given or os.environ.get("PENSTOCK_DATA") or DATA_DEFAULT).absolute()
+
+
+def load(data: str | None) -> Profile:
+    """Raises NoInstallation when neither the environment nor the data folder names a running daemon."""
+    environ = os.environ
+    if data is None and all(environ.get(name) for name in ("E2B_API_URL", "E2B_SANDBOX_URL", "E2B_API_KEY")):
+        return Profile(environ["E2B_API_URL"], environ["E2B_SANDBOX_URL"], environ["E2B_API_KEY"])
+    folder = data_of(data)
+    try:
+        addresses = json.loads((folder / "run" / "daemon.json").read_text())
+        api_key = (folder / "api-key").read_text().strip()
+        admin_token = (folder / "admin-token").read_text().strip()
+    except (FileNotFoundError, PermissionError, ValueError) as error:
+        raise NoInstallation(
+            "no running installation found",
+            which=str(folder),
+            why=str(error),
+            now=f"start one with: penstock up --data {folder}",
+        ) from error
+    return Profile(addresses["api_url"], addresses["ingress_url"], api_key, admin_token)

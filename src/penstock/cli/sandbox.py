@@ -1,0 +1,274 @@
+"""`penstock sandbox …`: create, list, show, exec, shell, cp, logs, kill."""
+
+from __future__ import annotations
+
+import base64
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from penstock.cli.show import as_json, fails_clearly, note, table
+
+app = typer.Typer(help="Work with sandboxes.", no_args_is_help=True)
+
+Data = Annotated[Optional[str], typer.Option("--data", help="Data folder of the installation.")]  # noqa: UP045
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Id = Annotated[str, typer.Argument(help="Sandbox id.")]
+User = Annotated[Optional[str], typer.Option("--user", help="User inside the sandbox.")]  # noqa: UP045
+
+
+def _client(data: str | None) -> Any:
+    from penstock.cli.client import Client
+    from penstock.cli.profile import load
+
+    return Client(load(data))
+
+
+@app.command()
+@fails_clearly
+def create(
+    template: Annotated[str, typer.Argument(help="Template.")] = "base",
+    timeout: Annotated[str, typer.Option(help="How long it lives: 90, 10m, 2h.")] = "5m",
+    env: Annotated[list[str], typer.Option("--env", help="NAME=VALUE, repeatable.")] = [],  # noqa: B006
+    metadata: Annotated[list[str], typer.Option("--metadata", help="KEY=VALUE, repeatable.")] = [],  # noqa: B006
+    no_internet: Annotated[bool, typer.Option("--no-internet", help="Deny all egress.")] = False,
+    data: Data = None,
+    json: Json = False,
+) -> None:
+    """Create a sandbox and print its id."""
+    from penstock.model.units import parse_seconds
+
+    body: dict[str, Any] = {
+        "templateID": template,
+        "timeout": int(parse_seconds(timeout, field="--timeout")),
+        "envVars": _pairs(env, "--env"),
+        "metadata": _pairs(metadata, "--metadata"),
+    }
+    if no_internet:
+        body["allow_internet_access"] = False
+    with _client(data) as client:
+        made = client.call("POST", "/v2/sandboxes", json=body).json()
+    as_json(made) if json else print(made["sandboxID"])
+
+
+@app.command("list")
+@fails_clearly
+def list_(data: Data = None, json: Json = False) -> None:
+    """List running sandboxes, newest first."""
+    rows: list[dict[str, Any]] = []
+    with _client(data) as client:
+        token = None
+        while True:
+            page = client.call("GET", "/v2/sandboxes", params={"nextToken": token} if token else {})
+            rows += page.json()
+            token = page.headers.get("X-Next-Token")
+            if not token:
+                break
+    if json:
+        as_json(rows)
+        return
+    table(
+        ["ID", "TEMPLATE", "STATE", "STARTED", "ENDS", "METADATA"],
+        [
+            [
+                row["sandboxID"],
+                row["templateID"],
+                row["state"],
+                row["startedAt"][:19],
+                row["endAt"][:19],
+                " ".join(f"{key}={value}" for key, value in row["metadata"].items()),
+            ]
+            for row in rows
+        ],
+        empty="no sandboxes",
+    )
+
+
+@app.command()
+@fails_clearly
+def show(id: Id, data: Data = None, json: Json = False) -> None:
+    """Show one sandbox."""
+    with _client(data) as client:
+        body = client.sandbox(id)
+    body.pop("envdAccessToken", None)
+    if json:
+        as_json(body)
+        return
+    for key, value in body.items():
+        print(f"{key:22} {value}")
+
+
+@app.command("exec", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@fails_clearly
+def exec_(
+    context: typer.Context,
+    id: Id,
+    cwd: Annotated[Optional[str], typer.Option(help="Working folder.")] = None,  # noqa: UP045
+    env: Annotated[list[str], typer.Option("--env", help="NAME=VALUE, repeatable.")] = [],  # noqa: B006
+    user: User = None,
+    data: Data = None,
+) -> None:
+    """Run a command: penstock sandbox exec ID -- ls -la. Its exit code is ours; Ctrl-C kills it."""
+    argv = context.args
+    if not argv:
+        raise typer.BadParameter("name a command after --")
+    message: dict[str, Any] = {"process": {"cmd": argv[0], "args": argv[1:], "envs": _pairs(env, "--env")}}
+    if cwd:
+        message["process"]["cwd"] = cwd
+    piped = not sys.stdin.isatty()
+    message["stdin"] = piped
+    with _client(data) as client:
+        raise SystemExit(_run(client, client.sandbox(id), message, user, piped=piped))
+
+
+@app.command()
+@fails_clearly
+def shell(id: Id, user: User = None, data: Data = None) -> None:
+    """Open an interactive shell."""
+    from penstock.cli.terminal import interactive
+
+    with _client(data) as client:
+        raise SystemExit(interactive(client, client.sandbox(id), user))
+
+
+@app.command()
+@fails_clearly
+def cp(
+    source: Annotated[str, typer.Argument(help="FILE or ID:PATH.")],
+    target: Annotated[str, typer.Argument(help="FILE or ID:PATH.")],
+    user: User = None,
+    data: Data = None,
+) -> None:
+    """Copy a file into or out of a sandbox; `-` is standard input or output."""
+    inward, outward = _place(target), _place(source)
+    if (inward is None) == (outward is None):
+        raise typer.BadParameter("exactly one side must be ID:PATH")
+    with _client(data) as client:
+        if inward is not None:
+            name = Path(source).name
+            path = inward[1] + name if inward[1].endswith("/") else inward[1]
+            with sys.stdin.buffer if source == "-" else Path(source).open("rb") as file:
+                client.upload(client.sandbox(inward[0]), path, _chunks(file), user)
+        else:
+            assert outward is not None
+            box = client.sandbox(outward[0])
+            place = Path(target) / Path(outward[1]).name if Path(target).is_dir() else Path(target)
+            with sys.stdout.buffer if target == "-" else place.open("wb") as file:
+                for chunk in client.download(box, outward[1], user):
+                    file.write(chunk)
+
+
+@app.command()
+@fails_clearly
+def logs(
+    id: Id,
+    limit: Annotated[int, typer.Option(min=1, max=1000)] = 200,
+    data: Data = None,
+    json: Json = False,
+) -> None:
+    """Print the newest log lines of a sandbox."""
+    params = {"limit": limit, "direction": "backward"}
+    with _client(data) as client:
+        entries = client.call("GET", f"/v2/sandboxes/{id}/logs", params=params).json()["logs"]
+    entries.reverse()
+    if json:
+        as_json(entries)
+        return
+    for entry in entries:
+        facts = " ".join(f"{key}={value}" for key, value in entry["fields"].items())
+        print(f"{entry['timestamp'][:23]} {entry['level']:5} {entry['message']} {facts}".rstrip())
+
+
+@app.command()
+@fails_clearly
+def kill(ids: Annotated[list[str], typer.Argument(help="Sandbox ids.")], data: Data = None, json: Json = False) -> None:
+    """Kill sandboxes; returns when they are verified gone."""
+    from penstock.cli.client import CallFailed
+
+    killed, missing = [], []
+    with _client(data) as client:
+        for id in ids:
+            try:
+                client.call("DELETE", f"/sandboxes/{id}")
+                killed.append(id)
+            except CallFailed as error:
+                if error.status != 404:
+                    raise
+                missing.append(id)
+    if json:
+        as_json({"killed": killed, "not_found": missing})
+    else:
+        for id in killed:
+            print(id)
+        for id in missing:
+            note(f"penstock: no sandbox {id}")
+    if missing:
+        raise SystemExit(4)
+
+
+def _run(client: Any, box: dict[str, Any], message: dict[str, Any], user: str | None, *, piped: bool) -> int:
+    pid = 0
+    try:
+        for event in client.start(box, message, user):
+            if "start" in event:
+                pid = event["start"]["pid"]
+                if piped:
+                    _feed(client, box, pid, user)
+            elif "data" in event:
+                _print(event["data"])
+            elif "end" in event:
+                end = event["end"]
+                return int(end.get("exitCode", 0)) & 0xFF if end.get("exited", True) else 137
+    except KeyboardInterrupt:
+        if pid:
+            selector = {"process": {"pid": pid}, "signal": "SIGNAL_SIGKILL"}
+            client.unary(box, "process.Process/SendSignal", selector, user)
+        raise
+    return 1
+
+
+def _feed(client: Any, box: dict[str, Any], pid: int, user: str | None) -> None:
+    """Send our standard input to the process, then close its own. On a thread: output must flow meanwhile."""
+    import threading
+
+    def pump() -> None:
+        for chunk in _chunks(sys.stdin.buffer):
+            text = base64.b64encode(chunk).decode()
+            message = {"process": {"pid": pid}, "input": {"stdin": text}}
+            client.unary(box, "process.Process/SendInput", message, user)
+        client.unary(box, "process.Process/CloseStdin", {"process": {"pid": pid}}, user)
+
+    threading.Thread(target=pump, daemon=True).start()
+
+
+def _print(data: dict[str, str]) -> None:
+    for name, stream in (("stdout", sys.stdout), ("stderr", sys.stderr), ("pty", sys.stdout)):
+        if data.get(name):
+            stream.buffer.write(base64.b64decode(data[name]))
+            stream.flush()
+
+
+def _chunks(file: Any) -> Iterator[bytes]:
+    while chunk := file.read(256 * 1024):
+        yield chunk
+
+
+def _place(text: str) -> tuple[str, str] | None:
+    """`ID:PATH` → (id, path); None for a local name."""
+    id, colon, path = text.partition(":")
+    return (id, path) if colon and path and "/" not in id else None
+
+
+def _pairs(given: list[str], field: str) -> dict[str, str]:
+    from penstock.model.errors import Invalid
+
+    pairs: dict[str, str] = {}
+    for text in given:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise Invalid(field, f"{text!r} is not NAME=VALUE")
+        pairs[key] = value
+    return pairs

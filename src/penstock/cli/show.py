@@ -1,0 +1,75 @@
+"""What a command prints: tables for people, JSON for programs, errors with cause and way out."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from functools import wraps
+from typing import Any, Final, TypeVar
+
+from penstock.core.errors import Kind, PenstockError
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+EXIT_CODES: Final[dict[Kind, int]] = {
+    Kind.INVALID: 2,
+    Kind.UNAUTHENTICATED: 3,
+    Kind.FORBIDDEN: 3,
+    Kind.NOT_FOUND: 4,
+    Kind.CONFLICT: 5,
+    Kind.EXHAUSTED: 6,
+    Kind.UNAVAILABLE: 7,
+    Kind.DEADLINE: 8,
+    Kind.UNSUPPORTED: 9,
+    Kind.INTERNAL: 1,
+}
+
+
+def as_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, default=str))
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, empty: str) -> None:
+    """A table on a terminal; tab-separated lines when piped, so that cut and awk work."""
+    listed = [[str(cell) for cell in row] for row in rows]
+    if not sys.stdout.isatty():
+        print("\t".join(columns))
+        for row in listed:
+            print("\t".join(row))
+        return
+    if not listed:
+        print(empty)
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    shown = Table(box=None, header_style="bold", pad_edge=False)
+    for column in columns:
+        shown.add_column(column)
+    for row in listed:
+        shown.add_row(*row)
+    Console().print(shown)
+
+
+def note(text: str) -> None:
+    """Progress for a person: to stderr, so that stdout stays the result."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def fails_clearly(function: Function) -> Function:
+    """Turn an error of ours into one line on stderr and its exit code; Ctrl-C into 130."""
+
+    @wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except PenstockError as error:
+            note(f"penstock: {error}")
+            raise SystemExit(EXIT_CODES[error.kind]) from None
+        except KeyboardInterrupt:
+            raise SystemExit(130) from None
+        except BrokenPipeError:
+            raise SystemExit(141) from None
+
+    return run  # type: ignore[return-value]
