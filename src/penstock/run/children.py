@@ -1,0 +1,154 @@
+"""The zygote and the ingress: processes of their own, found again after the daemon's death.
+
+Each is started in its own session, with a pid file that names (pid, start time). A later daemon takes a living one
+over; a pid file whose process has died or whose pid now names something else counts as absent. Signals go through
+pidfds, so that a re-used pid is never hit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from penstock.core.deadlines import DeadlinePassed
+from penstock.core.errors import PenstockError
+
+START_WITHIN_S: Final = 15.0
+_POLL_S: Final = 0.01  # the children announce themselves by a file; nobody but us waits for it
+
+
+class ChildFailed(PenstockError):
+    """A process of ours did not start. The message has the end of its log."""
+
+    code = "child_failed"
+
+
+@dataclass(frozen=True)
+class Child:
+    """A living process, identified for ever by (pid, start time)."""
+
+    name: str
+    pid: int
+    start_ticks: int
+
+    def open(self) -> int | None:
+        """A pidfd on it, or None when it has died. The caller closes the descriptor."""
+        try:
+            pidfd = os.pidfd_open(self.pid)
+        except ProcessLookupError:
+            return None
+        if start_ticks(self.pid) == self.start_ticks:
+            return pidfd
+        os.close(pidfd)
+        return None
+
+
+def start_ticks(pid: int) -> int:
+    """Field 22 of /proc/<pid>/stat: when the process started, in ticks since boot; 0 when it is gone or a zombie."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0
+    return 0 if fields[0] in ("Z", "X") else int(fields[19])
+
+
+def find(name: str, pid_file: Path) -> Child | None:
+    """The living child that wrote `pid_file`, or None."""
+    try:
+        told = json.loads(pid_file.read_text())
+        child = Child(name, int(told["pid"]), int(told["start_ticks"]))
+    except (OSError, ValueError, KeyError):
+        return None
+    return child if child.start_ticks and start_ticks(child.pid) == child.start_ticks else None
+
+
+async def start(name: str, argv: list[str], *, pid_file: Path, log: Path) -> Child:
+    """Start `argv` detached and wait until it announced itself in `pid_file`.
+
+    Raises ChildFailed with the end of its log; the process is gone by then. If cancelled, likewise.
+    """
+    pid_file.unlink(missing_ok=True)
+    with log.open("ab") as output:
+        process = subprocess.Popen(  # noqa: ASYNC220 - fork and exec of a fixed argv: about a millisecond, once
+            argv, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True, close_fds=True
+        )
+    try:
+        for _ in range(int(START_WITHIN_S / _POLL_S)):
+            if process.poll() is not None:
+                raise ChildFailed(f"the {name} ended at its start", why=_tail(log), which=f"exit {process.returncode}")
+            child = find(name, pid_file)
+            if child is not None:
+                return child
+            await asyncio.sleep(_POLL_S)
+        raise ChildFailed(f"the {name} was not ready within {START_WITHIN_S:.0f} s", why=_tail(log))
+    except BaseException:
+        process.kill()
+        process.wait()
+        raise
+
+
+def module(name: str, *arguments: str) -> list[str]:
+    """The argv of one of our own processes, in the interpreter that runs us, isolated from the environment."""
+    return [sys.executable, "-I", "-m", name, *arguments]
+
+
+def end(child: Child, *, term_s: float, kill_s: float = 5.0) -> bool:
+    """SIGTERM, then after `term_s` SIGKILL. Returns whether force was needed. Absent is success.
+
+    Raises DeadlinePassed when it is still there `kill_s` after SIGKILL. Blocks: call it off the loop.
+    """
+    pidfd = child.open()
+    if pidfd is None:
+        return False
+    try:
+        signal.pidfd_send_signal(pidfd, signal.SIGTERM)
+        if _gone(pidfd, term_s):
+            return False
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        if not _gone(pidfd, kill_s):
+            raise DeadlinePassed(f"end of the {child.name}, pid {child.pid}", kill_s)
+        return True
+    except ProcessLookupError:
+        return False
+    finally:
+        os.close(pidfd)
+
+
+def _gone(pidfd: int, within_s: float) -> bool:
+    poller = select.poll()
+    poller.register(pidfd, select.POLLIN)
+    gone = bool(poller.poll(within_s * 1000))
+    if gone:
+        _reap(pidfd)
+    return gone
+
+
+def _reap(pidfd: int) -> None:
+    try:
+        os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
+    except ChildProcessError:
+        pass  # an adopted one: its parent is not us, and reaps it
+
+
+def _tail(log: Path, size: int = 2000) -> str:
+    try:
+        return log.read_bytes()[-size:].decode(errors="replace").strip()
+    except OSError as error:
+        return str(error)
+
+
+def announce(pid_file: Path, **facts: object) -> None:
+    """Write our own pid file, atomically: a reader sees all of it or nothing."""
+    told = {"pid": os.getpid(), "start_ticks": start_ticks(os.getpid()), "at": time.time(), **facts}
+    part = pid_file.with_suffix(f".{os.getpid()}.part")
+    part.write_text(json.dumps(told))
+    part.rename(pid_file)
