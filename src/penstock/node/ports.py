@@ -179,3 +179,26 @@ class Files(Protocol):
     def remove_record(self, sandbox: str) -> None: ...
 
     def list_records(self) -> set[str]: ...
+
+
+class Stray(msgspec.Struct, frozen=True):
+    """A process that keeps an object of this installation alive without being in one of its cgroups."""
+
+    pid: int
+    why: str  # what it pins, e.g. "netns of slot 7"
+
+
+class Strays(Protocol):
+    def list_strays(self) -> list[Stray]:
+        """Every such process the kernel shows, by walking /proc; slow (milliseconds per thousand processes)."""
+
+
+class Ports(msgspec.Struct, frozen=True, kw_only=True):
+    """The edges of one node, as `run` or `sim` chose them."""
+
+    launcher: Launcher
+    cgroups: Cgroups
+    network: Network
+    disks: Disks
+    files: Files
+    strays: Strays | None = None

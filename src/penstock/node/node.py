@@ -1,0 +1,345 @@
+"""One machine: opens by taking up what lives, runs by following the feed, closes as it is told to.
+
+Stopping the daemon is not draining the node: `close(KEEP)` leaves every sandbox running for the next daemon.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable
+from enum import StrEnum
+from typing import Final
+
+import msgspec
+
+from penstock.core.breaker import Breaker
+from penstock.core.clock import Clock
+from penstock.core.crew import Crew
+from penstock.core.deadlines import DeadlinePassed, Pulse, within
+from penstock.core.gate import DrainPolicy, Gate
+from penstock.feed.report import Reports
+from penstock.feed.source import Source
+from penstock.feed.view import View
+from penstock.model import keys
+from penstock.model.node import NodeStatus
+from penstock.model.sandbox import KillReason, Phase, SandboxSpec, SandboxStatus
+from penstock.model.template import Build
+from penstock.node.adopt import adopt
+from penstock.node.create import pooled_limits
+from penstock.node.expiry import Expiry
+from penstock.node.means import Means, NodeSettings
+from penstock.node.ports import Disk, Ports, Slot
+from penstock.node.reap import DISK_RECORD, SLOT_RECORD, Leak, Sweeper
+from penstock.node.report import Reporter
+from penstock.node.slots import Pool, PoolStatistics
+from penstock.node.supervisor import Explained
+from penstock.node.sync import Sync
+from penstock.node.tally import Tally
+
+STATUS_EVERY_S: Final = 5.0
+
+
+class Closing(StrEnum):
+    """What closing does to sandboxes."""
+
+    KEEP = "keep"  # they run on
+    DRAIN = "drain"  # notice, then what is left after the grace is forced
+    FORCE = "force"  # killed now
+
+
+class Machine(msgspec.Struct, frozen=True, kw_only=True):
+    """Facts of this machine, probed by `run`."""
+
+    boot_id: str
+    cpu_count: int = 0
+    memory_bytes: int = 0
+    isolation: tuple[str, ...] = ()
+
+
+class NodeStatistics(msgspec.Struct, frozen=True, kw_only=True):
+    """A snapshot; `run` publishes it as metrics. Durations in milliseconds, the newest last."""
+
+    sandboxes: dict[str, int]  # by phase
+    slots: PoolStatistics
+    disks: PoolStatistics
+    starts_running: int
+    starts_waiting: int
+    reports_waiting: int
+    ready_total: int
+    failed_total: int
+    refused_total: dict[str, int]  # by the error's code
+    ended_total: dict[str, int]  # by kill reason
+    steps_ms: dict[str, tuple[float, ...]]  # of the last creates, by step
+    released_ms: tuple[float, ...]  # of the last ends: order → everything verified gone
+    quarantined: int
+    swept_total: int
+    leaks: tuple[Leak, ...]  # what the last sweep could not remove
+    bugs: tuple[str, ...]  # supervisors that raised, the newest last
+
+
+class Node:
+    """A node of an installation.
+
+    - `settings`: bounds, ids, the claimed block of slot numbers.
+    - `ports`: the edges to Linux (`node/linux`) or to a kernel in memory (`sim`).
+    - `source`: where specs and builds are read (`feed.local` or `feed.remote`).
+    - `reports`: where statuses go, written as room "node".
+    - `clock`: wall time for ends and records, monotonic for durations.
+    - `rng`: jitter of back-offs only.
+    - `machine`: boot id and sizes.
+    - `token_seed`: 32 bytes of the data folder; guests' access tokens derive from it.
+
+    Life: `await open()`, `await run()` (until cancelled, or until a part of the node fails), `await close(...)`.
+    `close` may be called at any time after `open`, also when `run` failed.
+    """
+
+    def __init__(
+        self,
+        *,
+        settings: NodeSettings,
+        ports: Ports,
+        source: Source,
+        reports: Reports,
+        clock: Clock,
+        rng: random.Random,
+        machine: Machine,
+        token_seed: bytes,
+    ) -> None:
+        self.settings, self.ports, self.machine = settings, ports, machine
+        self._source, self._clock, self._rng = source, clock, rng
+        self._crew = Crew(f"node {settings.id}", on_error=self._on_error)
+        self.gate = Gate(f"node {settings.id}")
+        self._builds: View[Build] = View(source, keys.BUILD, _decode_build)
+        self._specs: View[SandboxSpec] = View(source, keys.SANDBOX_SPEC, _decode_spec)
+        self._reporter = Reporter(reports, rng)
+        self._sweeper = Sweeper(ports, step_within_s=settings.step_within_s)
+        self._expiry = Expiry(clock, self._on_due)
+        self._tally = Tally()
+        self._token_seed = token_seed
+        self._failed: BaseException | None = None
+        self._failure = asyncio.Event()
+        self._started_at = 0.0
+        self.leaks: tuple[Leak, ...] = ()
+
+    # -- life --
+
+    async def open(self) -> None:
+        """Re-take the network, adopt what lives, sweep what nobody owns, start the pools, follow the feed.
+
+        Raises what the network or the feed raise; nothing of ours is lost by that, the next open finds it.
+        """
+        self._started_at = self._clock.wall()
+        await self.ports.network.open()
+        await self._crew.__aenter__()
+        self._means = self._make_means()
+        before = await self._statuses_before()
+        self._sync = Sync(
+            means=self._means, seen_at=lambda: self._specs.revision, before=before, on_bug=self._tally.bug
+        )
+        self._crew.spawn(self._reporter.run(), name="reports")
+        self._crew.spawn(self._expiry.run(), name="expiry")
+        adopted = adopt(self._means)
+        self.leaks = tuple(await self._sweeper.sweep())
+        self._means.slots.open()
+        self._means.disks.open()
+        self._sync.take_up(adopted)
+        await self._builds.start(self._crew)
+        self._specs.subscribe(self._sync.on_spec)
+        await self._specs.start(self._crew)
+        self._sync.bury(set(self._specs.ids()))
+        self._crew.spawn(self._sweep_now_and_then(), name="sweep")
+        self._crew.spawn(self._tell_of_itself(), name="node status")
+
+    async def run(self) -> None:
+        """Until cancelled; raises when a part of the node itself (not a sandbox) failed: the daemon should restart."""
+        await self._failure.wait()
+        assert self._failed is not None
+        raise self._failed
+
+    async def close(self, closing: Closing, *, within_s: float = 30.0) -> None:
+        """Stop as told. `within_s` bounds a drain's grace; forcing and releasing add bounds of their own.
+
+        KEEP waits for starts and kills under way (`close_within_s`), then leaves. DRAIN and FORCE end every sandbox,
+        then remove pools and router; what cannot be verified gone stays recorded for the next open. Idempotent.
+        """
+        self._sync.close()
+        self.gate.cordon("the node stops")
+        try:
+            if closing is Closing.KEEP:
+                await self._settle()
+            else:
+                await self._empty(closing, within_s)
+        finally:
+            await self._leave(closing)
+
+    def statistics(self) -> NodeStatistics:
+        means, tally = self._means, self._tally
+        phases: dict[str, int] = {}
+        for supervisor in self._sync.supervisors.values():
+            phases[supervisor.phase.value] = phases.get(supervisor.phase.value, 0) + 1
+        starts = means.starts.statistics()
+        return NodeStatistics(
+            sandboxes=phases,
+            slots=means.slots.statistics(),
+            disks=means.disks.statistics(),
+            starts_running=starts.running,
+            starts_waiting=starts.waiting,
+            reports_waiting=self._reporter.waiting,
+            ready_total=tally.ready_total,
+            failed_total=tally.failed_total,
+            refused_total=dict(tally.refused_total),
+            ended_total=dict(tally.ended_total),
+            steps_ms={step: tuple(last) for step, last in tally.steps_ms.items()},
+            released_ms=tuple(tally.released_ms),
+            quarantined=phases.get(Phase.QUARANTINED.value, 0),
+            swept_total=self._sweeper.removed_total,
+            leaks=self.leaks,
+            bugs=tuple(tally.bugs),
+        )
+
+    def explain(self, sandbox: str) -> Explained | None:
+        """What this node knows of a sandbox it supervises."""
+        supervisor = self._sync.supervisors.get(sandbox)
+        return supervisor.explain() if supervisor is not None else None
+
+    # -- opening --
+
+    def _make_means(self) -> Means:
+        settings, ports = self.settings, self.ports
+        numbers = range(settings.slot_first, settings.slot_first + settings.slot_count)
+        within_s = settings.step_within_s
+        slots: Pool[Slot] = Pool(
+            kind=SLOT_RECORD,
+            numbers=numbers,
+            make=ports.network.create_slot,
+            destroy=lambda number: ports.network.destroy_slot(number, within_s=within_s),
+            files=ports.files,
+            crew=self._crew,
+            rng=self._rng,
+            ready_target=settings.slots_ready,
+        )
+        disks: Pool[Disk] = Pool(
+            kind=DISK_RECORD,
+            numbers=numbers,
+            make=lambda number: ports.disks.create(f"{DISK_RECORD}{number}", pooled_limits()),
+            destroy=lambda number: ports.disks.remove(f"{DISK_RECORD}{number}", within_s=within_s),
+            files=ports.files,
+            crew=self._crew,
+            rng=self._rng,
+            ready_target=settings.disks_ready,
+        )
+        return Means(
+            settings=settings,
+            ports=ports,
+            clock=self._clock,
+            rng=self._rng,
+            boot_id=self.machine.boot_id,
+            token_seed=self._token_seed,
+            crew=self._crew,
+            gate=self.gate,
+            starts=Breaker(settings.starts_running_max, settings.starts_waiting_max, f"starts of node {settings.id}"),
+            slots=slots,
+            disks=disks,
+            expiry=self._expiry,
+            reporter=self._reporter,
+            tally=self._tally,
+            changed=Pulse(),
+            build=self._builds.get,
+        )
+
+    async def _statuses_before(self) -> dict[str, SandboxStatus]:
+        """What this node had said of its sandboxes in an earlier life, from CREATING on."""
+        listing = await self._source.list(keys.SANDBOX_STATUS)
+        found = (_decode_status(record.value) for record in listing.records)
+        return {
+            status.id: status
+            for status in found
+            if status.node == self.settings.id and status.phase not in (Phase.PENDING, Phase.BOUND)
+        }
+
+    # -- while open --
+
+    def _on_due(self, sandbox: str) -> None:
+        self._sync.on_due(sandbox)
+
+    def _on_error(self, name: str, error: BaseException) -> None:
+        """A task of the crew failed. Sandboxes' own are handled by `Sync`; what comes here is the node's."""
+        self._tally.bug(name, error)
+        if self._failed is None:
+            self._failed = error
+            self._failure.set()
+
+    async def _sweep_now_and_then(self) -> None:
+        while True:
+            await asyncio.sleep(self.settings.sweep_every_s)
+            self.leaks = tuple(await self._sweeper.sweep())
+
+    async def _tell_of_itself(self) -> None:
+        told: NodeStatus | None = None
+        while True:
+            status = NodeStatus(
+                id=self.settings.id,
+                boot_id=self.machine.boot_id,
+                started_at=self._started_at,
+                installation=self.settings.installation,
+                sandboxes=len(self._sync.supervisors),
+                sandboxes_max=self.settings.slot_count,
+                cpu_count=self.machine.cpu_count,
+                memory_bytes=self.machine.memory_bytes,
+                isolation=self.machine.isolation,
+            )
+            if status != told:
+                self._reporter.say_node(status)
+                told = status
+            await asyncio.sleep(STATUS_EVERY_S)
+
+    # -- closing --
+
+    async def _settle(self) -> None:
+        """Wait until no start and no end is under way; a start that still waits for its turn stays bound."""
+        try:
+            async with within(self.settings.close_within_s, "starts and ends under way"):
+                await self._means.changed.wait_for(
+                    lambda: all(one.settled or one.phase is Phase.BOUND for one in self._sync.supervisors.values()),
+                    until=None,
+                )
+        except DeadlinePassed:
+            pass  # Safe: what is half made or half gone is recorded, and the next open undoes or finishes it.
+
+    async def _empty(self, closing: Closing, within_s: float) -> None:
+        """End every sandbox; returns when each is verified gone, or in quarantine past its bound."""
+        for supervisor in list(self._sync.supervisors.values()):
+            if closing is Closing.FORCE or supervisor.phase not in (Phase.READY, Phase.PAUSED):
+                supervisor.kill(KillReason.NODE_SHUTDOWN, "the node stops")
+            else:
+                supervisor.evict()
+        grace_s = 0.0 if closing is Closing.FORCE else within_s
+        await self.gate.drain(DrainPolicy(grace_s=grace_s, force_s=self.settings.unwind_within_s))
+
+    async def _leave(self, closing: Closing) -> None:
+        """Give everything of this process back, even when one part fails; then raise what failed."""
+        keep = closing is Closing.KEEP
+        means, within_s = self._means, self.settings.close_within_s
+        errors: list[Exception] = []
+        parts: tuple[tuple[str, Callable[[], Awaitable[object]]], ...] = (
+            ("reports", lambda: self._reporter.flush(within_s)),
+            ("slots", lambda: means.slots.close(within_s=within_s, leave_taken=keep)),
+            ("disks", lambda: means.disks.close(within_s=within_s, leave_taken=keep)),
+            ("crew", lambda: self._crew.__aexit__(None, None, None)),
+            ("launcher", self.ports.launcher.close),
+            ("network", lambda: self.ports.network.close(destroy=not keep)),
+        )
+        for what, leave in parts:
+            try:
+                await leave()
+            except Exception as error:
+                error.add_note(f"while leaving {what}")
+                errors.append(error)
+        if errors:
+            raise ExceptionGroup(f"node {self.settings.id} closed with errors", errors)
+
+
+_decode_spec: Final = msgspec.json.Decoder(SandboxSpec).decode
+_decode_status: Final = msgspec.json.Decoder(SandboxStatus).decode
+_decode_build: Final = msgspec.json.Decoder(Build).decode

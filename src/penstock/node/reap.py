@@ -1,0 +1,151 @@
+"""Mark and sweep: what the kernel shows minus what the records name, and the other way round.
+
+`find_leaks` is read-only and works with the daemon dead or alive; `penstock leaks` prints its findings. With a daemon
+at work a sandbox between its first record line and its first object looks like a record without objects: whoever asks
+from outside looks twice and keeps what both looks show. Objects without a record have no such window, because a record
+is written first and unlinked last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+import msgspec
+
+from penstock.node.evict import cgroup_name
+from penstock.node.ports import Ports
+from penstock.node.record import RecordUnreadable, Remembered, read_sandbox
+
+SLOT_RECORD: Final = "slot"  # + number; see `slots.Pool.name`
+DISK_RECORD: Final = "disk"
+
+
+class Leak(msgspec.Struct, frozen=True, order=True):
+    """One finding. `kind`: process, cgroup, slot, disk, run_dir or record."""
+
+    kind: str
+    name: str
+    why: str
+
+
+def find_leaks(ports: Ports) -> list[Leak]:
+    """Every object of this installation without a record, and every record without its objects. Sorted."""
+    world = _World(ports)
+    found = [*_unrecorded(world), *_without_objects(world)]
+    if ports.strays is not None:
+        for stray in ports.strays.list_strays():
+            found.append(Leak("process", str(stray.pid), f"outside every cgroup of ours, and it pins {stray.why}"))
+    return sorted(set(found))
+
+
+class Sweeper:
+    """Removes what no record owns. Runs when the daemon opens, and now and then after."""
+
+    def __init__(self, ports: Ports, *, step_within_s: float) -> None:
+        self._ports, self._within_s = ports, step_within_s
+        self.removed_total = 0
+
+    async def sweep(self) -> list[Leak]:
+        """Remove every unrecorded object; the findings that stay: records without objects, strays, refusals."""
+        left: list[Leak] = []
+        for leak in find_leaks(self._ports):
+            remove = self._way(leak)
+            if remove is None:
+                left.append(leak)
+                continue
+            try:
+                await remove()
+                self.removed_total += 1
+            except Exception as error:
+                # Safe: it is still listed at the next sweep, and counted in statistics until then.
+                left.append(Leak(leak.kind, leak.name, f"{leak.why}; not removed: {error}"))
+        return left
+
+    def _way(self, leak: Leak) -> Callable[[], Awaitable[None]] | None:
+        ports, within_s, name = self._ports, self._within_s, leak.name
+
+        async def cgroup() -> None:
+            await ports.cgroups.kill(name, within_s=within_s)
+            await ports.cgroups.remove(name, within_s=within_s)
+
+        async def slot() -> None:
+            # Looked at again: since the findings were made, the pool may have begun to make this number anew.
+            if f"{SLOT_RECORD}{name}" not in ports.files.list_records():
+                await ports.network.destroy_slot(int(name), within_s=within_s)
+
+        async def disk() -> None:
+            if name not in ports.files.list_records():
+                await ports.disks.remove(name, within_s=within_s)
+
+        async def run_dir() -> None:
+            ports.files.remove_run_dir(name)
+
+        return {"cgroup": cgroup, "slot": slot, "disk": disk, "run_dir": run_dir}.get(leak.kind)
+
+
+class _World:
+    """One look at everything. Objects first, records second: what vanishes in between was released in order."""
+
+    def __init__(self, ports: Ports) -> None:
+        self.ports = ports
+        self.cgroups = ports.cgroups.list_names()
+        self.slots = ports.network.list_slots()
+        self.disks = ports.disks.list_names()
+        self.run_dirs = ports.files.list_run_dirs()
+        self.records = ports.files.list_records()
+
+
+def _unrecorded(world: _World) -> list[Leak]:
+    owners = {cgroup_name(record) for record in world.records}
+    why = "no record names it"
+    return [
+        *(Leak("cgroup", name, why) for name in world.cgroups - owners),
+        *(Leak("slot", str(number), why) for number in world.slots if f"{SLOT_RECORD}{number}" not in world.records),
+        *(Leak("disk", name, why) for name in world.disks - world.records),
+        *(Leak("run_dir", name, why) for name in world.run_dirs - world.records),
+    ]
+
+
+def _without_objects(world: _World) -> list[Leak]:
+    found: list[Leak] = []
+    for record in world.records:
+        if _number(record, SLOT_RECORD) is not None:
+            if _number(record, SLOT_RECORD) not in world.slots:
+                found.append(Leak("record", record, "its slot does not exist"))
+        elif _number(record, DISK_RECORD) is not None:
+            if record not in world.disks:
+                found.append(Leak("record", record, "its disk does not exist"))
+        else:
+            found.extend(_sandbox(world, record))
+    return found
+
+
+def _sandbox(world: _World, sandbox: str) -> list[Leak]:
+    try:
+        remembered = read_sandbox(world.ports.files, sandbox)
+    except RecordUnreadable as error:
+        return [Leak("record", sandbox, str(error))]
+    if cgroup_name(sandbox) not in world.cgroups and sandbox not in world.run_dirs:
+        return [Leak("record", sandbox, "none of the objects it names exists")]
+    return _escaped(world, remembered) if remembered is not None else []
+
+
+def _escaped(world: _World, remembered: Remembered) -> list[Leak]:
+    """Its recorded first process, alive outside its cgroup."""
+    pid, sandbox = remembered.pid, remembered.born.id
+    if pid is None:
+        return []
+    process = world.ports.launcher.adopt(pid.pid, pid.start_ticks)
+    if process is None:
+        return []
+    try:
+        inside = cgroup_name(sandbox) in world.cgroups and pid.pid in world.ports.cgroups.pids(cgroup_name(sandbox))
+    finally:
+        process.close()
+    return [] if inside else [Leak("process", str(pid.pid), f"first process of {sandbox}, outside its cgroup")]
+
+
+def _number(record: str, prefix: str) -> int | None:
+    digits = record.removeprefix(prefix)
+    return int(digits) if digits != record and digits.isdigit() else None
