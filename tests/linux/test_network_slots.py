@@ -12,9 +12,9 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
-import netlab
 import pytest
-from netlab import HOST, METADATA, OTHER_SERVER, PRIVATE_SERVER, SERVER, Lab, dial, inside, outcome, run
+from tests.linux import netlab
+from tests.linux.netlab import HOST, METADATA, OTHER_SERVER, PRIVATE_SERVER, SERVER, Lab, dial, inside, outcome, run
 
 from penstock.model.sandbox import EgressRules
 from penstock.node.linux import netns
