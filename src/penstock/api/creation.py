@@ -31,7 +31,7 @@ from penstock.model.sandbox import (
 )
 from penstock.model.team import TeamLimits
 from penstock.model.template import Template
-from penstock.store.errors import RevisionConflict
+from penstock.store.errors import AlreadyExists, RevisionConflict
 from penstock.store.store import Put
 
 IDEMPOTENCY_S: Final = 24 * 3600.0
@@ -45,25 +45,31 @@ async def create(front: Front, caller: Caller, asked: NewSandbox, *, idempotency
 
     If the caller goes away meanwhile, the sandbox stays and ends by its own timeout.
     """
+    if idempotency_key is None:
+        return await _ready(front, await _accept(front, caller, asked, None))
+    async with front.turns.of(_key(caller, idempotency_key)):
+        # One at a time per key: the second finds the record of the first, and is not counted against the limit.
+        sandbox = _known(front, caller, idempotency_key, asked) or await _accept(front, caller, asked, idempotency_key)
+    return await _ready(front, sandbox)
+
+
+async def _accept(front: Front, caller: Caller, asked: NewSandbox, idempotency_key: str | None) -> SandboxId:
+    """Check, reserve and commit. From the return on the sandbox is wanted, whatever becomes of the request."""
     spec = _spec(front, caller, asked)
-    if idempotency_key is not None:
-        known = _known(front, caller, idempotency_key, asked)
-        if known is not None:
-            return await _ready(front, known)
     front.roster.reserve(caller.team, spec.id, sandboxes_max=front.limits_of(caller.team).sandboxes_max)
     try:
         await _commit(front, caller, spec, asked, idempotency_key)
-    except RevisionConflict:
-        # Another request with the same key was faster: its sandbox is the answer.
+    except (RevisionConflict, AlreadyExists):
+        # Another replica was faster with the same key: its sandbox is the answer.
         front.roster.release(spec.id)
-        known = _known(front, caller, idempotency_key or "", asked)
+        known = _known(front, caller, idempotency_key, asked) if idempotency_key else None
         if known is None:
             raise
-        return await _ready(front, known)
+        return known
     except BaseException:
         front.roster.release(spec.id)
         raise
-    return await _ready(front, spec.id)
+    return spec.id
 
 
 def timeout_s(asked: int | None, limits: TeamLimits, *, default: float = TIMEOUT_S_DEFAULT, least: int = 1) -> float:
@@ -170,7 +176,10 @@ def _known(front: Front, caller: Caller, idempotency_key: str, asked: NewSandbox
     remembered: dict[str, str] = msgspec.json.decode(record.value)
     if remembered["digest"] != _digest(asked):
         raise Conflict("this Idempotency-Key was used with another request", now="use a fresh key")
-    return SandboxId(remembered["sandbox"])
+    sandbox = SandboxId(remembered["sandbox"])
+    if front.store.get(keys.SANDBOX_SPEC + sandbox) is None:
+        raise Conflict("the sandbox of this Idempotency-Key has ended", which=sandbox, now="use a fresh key")
+    return sandbox
 
 
 async def _commit(

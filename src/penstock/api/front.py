@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import random
-from dataclasses import dataclass
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 from typing import Annotated, Final
 
 from fastapi import Depends, Header, Request
@@ -24,6 +27,27 @@ ENVD_VERSION: Final = "0.6.13"  # the guest protocol we answer; the SDKs compare
 CLIENT_ID: Final = "6532622b"  # a dummy the SDKs require (e2b 1.3)
 
 
+class Turns:
+    """One holder at a time per key. Keeps nothing of a key that nobody holds or waits for."""
+
+    def __init__(self) -> None:
+        self._locks: dict[str, tuple[asyncio.Lock, int]] = {}
+
+    @asynccontextmanager
+    async def of(self, key: str) -> AsyncIterator[None]:
+        lock, users = self._locks.get(key, (asyncio.Lock(), 0))
+        self._locks[key] = (lock, users + 1)
+        try:
+            async with lock:
+                yield
+        finally:
+            users = self._locks[key][1] - 1
+            if users:
+                self._locks[key] = (lock, users)
+            else:
+                del self._locks[key]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Front:
     """The API's world. `domain` may carry a port (`sbx.localhost:3943`); `seed` derives every sandbox's tokens."""
@@ -41,6 +65,7 @@ class Front:
     domain: str
     admin_token: str
     limits: TeamLimits
+    turns: Turns = field(default_factory=Turns)  # of idempotency keys
     ready_s: float = 60.0  # how long a create may take before it answers 504
 
     def limits_of(self, team: TeamId) -> TeamLimits:

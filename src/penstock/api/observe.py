@@ -8,11 +8,11 @@ from fastapi import APIRouter, Query, Response
 from fastapi.responses import JSONResponse
 
 from penstock.api.front import CallerDep, FrontDep
-from penstock.api.ports import LogLine, Sample
 from penstock.api.sandboxes import sandbox_id
 from penstock.api.shapes import rfc3339
 from penstock.model.errors import Invalid
 from penstock.model.ids import SandboxId
+from penstock.model.observed import LogLine, Sample
 
 router = APIRouter(tags=["observe"])
 

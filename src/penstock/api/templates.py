@@ -39,7 +39,7 @@ _UNBUILT: Final[tuple[tuple[str, str, str], ...]] = (
 @router.get("/v2/templates")
 async def list_templates(front: FrontDep, caller: CallerDep) -> Response:
     rows: list[dict[str, Any]] = []
-    for template in front.templates.items():
+    for _, template in front.templates.items():
         rows.append(
             {
                 "templateID": template.id,

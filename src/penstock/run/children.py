@@ -76,7 +76,7 @@ async def start(name: str, argv: list[str], *, pid_file: Path, log: Path) -> Chi
 
     Raises ChildFailed with the end of its log; the process is gone by then. If cancelled, likewise.
     """
-    pid_file.unlink(missing_ok=True)
+    pid_file.unlink(missing_ok=True)  # noqa: ASYNC240 - one unlink
     with log.open("ab") as output:
         process = subprocess.Popen(  # noqa: ASYNC220 - fork and exec of a fixed argv: about a millisecond, once
             argv, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True, close_fds=True

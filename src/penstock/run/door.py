@@ -42,7 +42,7 @@ async def serve(path: Path, answer: Answer) -> asyncio.Server:
         finally:
             writer.close()
 
-    path.unlink(missing_ok=True)
+    path.unlink(missing_ok=True)  # noqa: ASYNC240 - one unlink
     return await asyncio.start_unix_server(visit, path, limit=LINE_BYTES_MAX)
 
 
@@ -58,5 +58,3 @@ def ask(path: Path, question: dict[str, Any], *, within_s: float) -> Iterator[di
         with wire.makefile("rb") as lines:
             for line in lines:
                 yield json.loads(line)
-
-
