@@ -1,0 +1,39 @@
+"""What a sandbox is told: at birth by its launcher, later by the daemon over the control socket (`/init`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from penstock.guest.users import User
+
+ENVD_VERSION: Final = "0.6.13"  # the protocol version we answer to; the SDKs compare it
+PATH_DEFAULT: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+USER_DEFAULT: Final = "root"  # until somebody says otherwise
+
+
+class Settings:
+    """Mutable only by `/init`. `env` holds what the creator of the sandbox asked for, never our own names."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self.sandbox_id: str = config["sandbox_id"]
+        self.template_id: str = config["template_id"]
+        self.hostname: str = config.get("hostname") or self.sandbox_id
+        self.access_token: str | None = config.get("access_token") or None
+        self.user: str = config.get("user") or USER_DEFAULT
+        self.workdir: str = config.get("workdir") or ""  # empty: the user's home
+        self.env: dict[str, str] = dict(config.get("env") or {})
+
+    @property
+    def own_env(self) -> dict[str, str]:
+        """Names nobody in the sandbox's API can override."""
+        return {"E2B_SANDBOX": "true", "E2B_SANDBOX_ID": self.sandbox_id, "E2B_TEMPLATE_ID": self.template_id}
+
+    def public_env(self) -> dict[str, str]:
+        """What GET /envs answers."""
+        return self.env | self.own_env
+
+    def process_env(self, user: User, extra: Mapping[str, str]) -> dict[str, str]:
+        """The environment of a process of `user`: basics, the sandbox's, the call's, ours; the last one wins."""
+        basics = {"PATH": PATH_DEFAULT, "HOME": user.home, "USER": user.name, "LOGNAME": user.name}
+        return basics | self.env | dict(extra) | self.own_env
