@@ -112,7 +112,7 @@ class Node:
         self.gate = Gate(f"node {settings.id}")
         self._builds: View[Build] = View(source, keys.BUILD, _decode_build)
         self._specs: View[SandboxSpec] = View(source, keys.SANDBOX_SPEC, _decode_spec)
-        self._reporter = Reporter(reports, rng)
+        self._reporter = Reporter(reports, crew=self._crew, rng=rng)
         self._sweeper = Sweeper(ports, step_within_s=settings.step_within_s)
         self._expiry = Expiry(clock, self._on_due)
         self._tally = Tally()
@@ -137,7 +137,6 @@ class Node:
         self._sync = Sync(
             means=self._means, seen_at=lambda: self._specs.revision, before=before, on_bug=self._tally.bug
         )
-        self._crew.spawn(self._reporter.run(), name="reports")
         self._crew.spawn(self._expiry.run(), name="expiry")
         adopted = adopt(self._means)
         self.leaks = tuple(await self._sweeper.sweep())

@@ -59,7 +59,7 @@ class Owned(Line, tag="owned", frozen=True, kw_only=True):
 
     @property
     def entry(self) -> Entry:
-        return Entry(self.label, State(self.state))
+        return Entry(self.label, State(self.state), kind=self.label)
 
 
 class Pid(Line, tag="pid", frozen=True, kw_only=True):

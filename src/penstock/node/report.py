@@ -1,7 +1,8 @@
-"""Facts upward: the latest status of each sandbox, in the order they changed, never held up by a store that is away.
+"""Facts upward: the latest status of each sandbox, never held up by a store that is away, nor by one another.
 
-`say` is synchronous and keeps one status per sandbox, so that what is waiting is bounded by what exists. A store that
-cannot be written is tried again; the sandboxes do not notice.
+`say` is synchronous and keeps one status per key, so what waits is bounded by what exists. Each key with something to
+say has one task that sends until nothing newer waits: a hundred starts share the store's group commits instead of
+queueing for them (one sender in turn would add a commit to every ready sandbox before it).
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from typing import Final
 
 import msgspec
 
-from penstock.core.deadlines import backoff_s, within
+from penstock.core.crew import Crew, CrewClosed
+from penstock.core.deadlines import Pulse, backoff_s, within
 from penstock.feed.report import Reports
 from penstock.model import keys
 from penstock.model.node import NodeStatus
@@ -26,15 +28,13 @@ _encode = msgspec.json.Encoder().encode
 
 
 class Reporter:
-    """Call `say` at each change; `run` sends. One per node."""
+    """Call `say` at each change; tasks of `crew` send. One per node."""
 
-    def __init__(self, reports: Reports, rng: random.Random) -> None:
-        self._reports, self._rng = reports, rng
-        self._waiting: dict[str, tuple[bytes, dict[str, str]]] = {}  # insertion order is the order of sending
-        self._sending = ""
-        self._poked = asyncio.Event()
-        self._quiet = asyncio.Event()
-        self._quiet.set()
+    def __init__(self, reports: Reports, *, crew: Crew, rng: random.Random) -> None:
+        self._reports, self._crew, self._rng = reports, crew, rng
+        self._waiting: dict[str, tuple[bytes, dict[str, str]]] = {}
+        self._sending: set[str] = set()
+        self._sent = Pulse()
         self.sent_total = self.failed_total = 0
 
     def say(self, status: SandboxStatus) -> None:
@@ -43,39 +43,41 @@ class Reporter:
     def say_node(self, status: NodeStatus) -> None:
         self._put(keys.NODE_STATUS + status.id, _encode(status), {})
 
-    async def run(self) -> None:
-        """Until cancelled. What waits then is lost to the store, not to the node: a restart reports anew."""
+    async def flush(self, within_s: float) -> None:
+        """Wait until everything said was taken by the store. Raises DeadlinePassed."""
+        async with within(within_s, "the last reports"):
+            await self._sent.wait_for(lambda: not self._sending, until=None)
+
+    @property
+    def waiting(self) -> int:
+        return len(self._sending)
+
+    def _put(self, key: str, value: bytes, labels: dict[str, str]) -> None:
+        self._waiting[key] = (value, labels)
+        if key in self._sending:
+            return
+        self._sending.add(key)
+        try:
+            self._crew.spawn(self._send(key), name=f"report {key}")
+        except CrewClosed:
+            # Safe: the daemon ends. What is true then, the next one finds in the kernel and reports.
+            self._sending.discard(key)
+
+    async def _send(self, key: str) -> None:
         attempt = 0
-        while True:
-            if not self._waiting:
-                self._quiet.set()
-            await self._poked.wait()
-            self._poked.clear()
-            while self._waiting:
-                key = next(iter(self._waiting))
+        try:
+            while key in self._waiting:
                 value, labels = self._waiting.pop(key)
                 try:
                     async with within(PUT_WITHIN_S, f"report of {key}"):
                         await self._reports.put(key, value, labels)
-                    attempt = 0
                     self.sent_total += 1
                 except Exception:
-                    # Safe: it is put back unless something newer waits already, and tried until the store answers.
+                    # Safe: put back unless something newer waits, and tried until the store answers.
                     self._waiting.setdefault(key, (value, labels))
                     self.failed_total += 1
                     attempt += 1
                     await asyncio.sleep(backoff_s(attempt, base_s=RETRY_BASE_S, cap_s=RETRY_CAP_S, rng=self._rng))
-
-    async def flush(self, within_s: float) -> None:
-        """Wait until everything said was taken by the store. Raises DeadlinePassed."""
-        async with within(within_s, "the last reports"):
-            await self._quiet.wait()
-
-    @property
-    def waiting(self) -> int:
-        return len(self._waiting)
-
-    def _put(self, key: str, value: bytes, labels: dict[str, str]) -> None:
-        self._waiting[key] = (value, labels)
-        self._quiet.clear()
-        self._poked.set()
+        finally:
+            self._sending.discard(key)
+            self._sent.fire()

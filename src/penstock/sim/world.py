@@ -1,0 +1,401 @@
+"""A seeded world: the production daemon over a kernel, a log and a clock in memory, with people using it and dying.
+
+`run(seed)` plays one world to its end and raises when an invariant was broken; equal seeds give equal traces. The
+daemon may die inside any append to a record (so between any two ledger entries) and be started again; the kernel, the
+records and the log live on, or the machine is rebooted with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable
+from typing import Final
+
+import msgspec
+
+from penstock.control.controller import Controller
+from penstock.core.crew import Crew
+from penstock.core.deadlines import Pulse, within
+from penstock.feed.local import LocalReports, LocalSource
+from penstock.model import keys
+from penstock.model.errors import Unavailable
+from penstock.model.ids import NodeId, TemplateId
+from penstock.model.records import Batch
+from penstock.model.sandbox import TERMINAL
+from penstock.model.template import Build, Layer
+from penstock.node.means import NodeSettings
+from penstock.node.node import Closing, Machine, Node
+from penstock.node.reap import find_leaks
+from penstock.sim import loop as virtual
+from penstock.sim.checkers import Checkers, Facts, Violation
+from penstock.sim.faults import Faults, Rates, draw_rates
+from penstock.sim.guests import Nursery
+from penstock.sim.kernel import Dead, Kernel, Life
+from penstock.sim.trace import Trace
+from penstock.sim.workload import BUILD, Client
+from penstock.store.errors import RevisionConflict, StoreFailed
+from penstock.store.log import Image, OnFailed, OnLogged
+from penstock.store.memory import MemoryLog
+from penstock.store.ops import Put
+from penstock.store.store import Store
+
+NODE: Final = NodeId("node0")
+CLIENTS_MAX: Final = 24
+REST_S: Final = 300.0  # for quarantines to be reaped once the faults are over
+WORLD_S: Final = 3_000.0  # virtual seconds no world may exceed
+WRITE_S: Final = 5.0
+LOOK_S: Final = 0.25
+RETENTION_S: Final = 30.0
+
+Writes = list[tuple[str, bytes, int | None]]
+
+
+class Outcome(msgspec.Struct, frozen=True, kw_only=True):
+    """What one world did. `digest` is over the whole trace."""
+
+    seed: int
+    digest: str
+    lines: int
+    virtual_s: float
+    sandboxes: int
+    crashes: int
+    answers: dict[str, int]
+
+
+def run(seed: int, *, rates: Rates | None = None, keep_trace: bool = False) -> Outcome:
+    """Play world `seed`. Raises Violation (or what broke) with the seed and the end of the trace as notes."""
+    return virtual.run(_play(seed, rates, keep_trace), seed)
+
+
+async def _play(seed: int, rates: Rates | None, keep_trace: bool) -> Outcome:
+    world = World(random.Random(seed), rates=rates, keep_trace=keep_trace)
+    try:
+        async with within(WORLD_S, f"the end of world {seed}"):
+            await world.play()
+    except BaseException as error:
+        error.add_note(f"{world.describe()}\nthe trace ends with\n{world.trace.tail()}")
+        error.add_note(f"replay with: python -m penstock.sim --seed {seed}")
+        raise
+    return world.outcome(seed)
+
+
+class World:
+    """One machine, one daemon after another, a few people."""
+
+    def __init__(self, rng: random.Random, *, rates: Rates | None = None, keep_trace: bool = False) -> None:
+        self.rng = rng
+        self.rates = rates if rates is not None else draw_rates(rng)
+        self.clock = virtual.SimClock(asyncio.get_running_loop())
+        self.trace = Trace(self.clock.monotonic, keep_all=keep_trace)
+        self.faults = Faults(_fork(rng), self.rates)
+        self.kernel = Kernel(
+            faults=self.faults, nursery=Nursery(_fork(rng), odd=self.rates.odd_guests), trace=self.trace
+        )
+        self.facts = Facts()
+        self.checkers = Checkers(self.kernel, self.facts, self.trace, self.clock.wall)
+        self.checkers.slack_s = 2.5 if self.rates.slow or self.rates.failure else 0.05
+        self.log = MemoryLog()
+        self.daemon: Daemon | None = None
+        self.crashes = 0
+        self.lives = 0
+        self._settings = NodeSettings(
+            id=NODE,
+            installation="simsim",
+            slot_count=rng.choice((4, 12, 64)),
+            slots_ready=2,
+            disks_ready=2,
+            starts_running_max=rng.choice((2, 8)),
+            starts_waiting_max=rng.choice((2, 1_000)),
+            start_within_s=5.0,
+            sweep_every_s=5.0,
+        )
+        self._clients = [Client(self, _fork(rng)) for _ in range(rng.randint(6, CLIENTS_MAX))]
+        self._changed = Pulse()
+        self._own: set[asyncio.Task[object]] = set()
+        self._over = False
+
+    async def play(self) -> None:
+        """Everybody's life, then calm, then rest, then the end of the machine; checked at each step."""
+        async with Crew("world") as crew:
+            current = asyncio.current_task()
+            assert current is not None
+            self._own.add(current)
+            self._start(crew, self._keep_alive(), "daemon's keeper")
+            self._start(crew, self._watch_expiry(), "expiry checker")
+            self._start(crew, self._step_clock(), "clock steps")
+            clients = [self._start(crew, client.live(), f"client {client.sandbox}") for client in self._clients]
+            for client in clients:
+                await client
+            self.faults.calm()
+            self.trace.say("calm")
+            await self.until(self._at_rest, REST_S, "rest after the faults")
+            self._over = True
+            await self._end()
+            crew.cancel_all()
+        self._raise_violations()
+
+    # -- what clients use --
+
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+        self._raise_violations()
+
+    async def until(self, condition: Callable[[], bool], within_s: float, what: str) -> None:
+        """Wait for a state of the store. Raises Violation when it does not come."""
+        until = self.clock.monotonic() + within_s
+        came = await self._changed.wait_for(lambda: condition() or bool(self.checkers.violations), until=until)
+        self._raise_violations()
+        if not came:
+            raise Violation(f"{what} did not come within {within_s:g} s")
+
+    async def write(self, make: Callable[[], Writes], *, labels: dict[str, str] | None = None) -> None:
+        """Commit as the front door does, through whichever daemon lives. `make` is asked again for each try.
+
+        Raises RevisionConflict.
+        """
+        while True:
+            await self.until(self._is_up, ANSWER_S, "a daemon")
+            writes = make()
+            if not writes:
+                return
+            puts = [Put(key, value, labels=labels, expect=expect) for key, value, expect in writes]
+            assert self.daemon is not None
+            try:
+                async with within(WRITE_S, "a commit"):
+                    await self.daemon.store.commit(puts, by="api")
+            except RevisionConflict:
+                if make():
+                    raise
+            except (Unavailable, StoreFailed, TimeoutError, Dead):
+                await asyncio.sleep(0.1)
+                continue
+            return
+
+    def on_revision(self, batch: Batch) -> None:
+        """A revision was kept."""
+        self.facts.apply(batch, self.clock.monotonic())
+        self.checkers.on_revision(batch)
+        self._changed.fire()
+
+    def outcome(self, seed: int) -> Outcome:
+        answers: dict[str, int] = {}
+        for client in self._clients:
+            answer = self.checkers.answer_of(client.sandbox)
+            word = answer.value if answer is not None else "removed"
+            answers[word] = answers.get(word, 0) + 1
+        return Outcome(
+            seed=seed,
+            digest=self.trace.digest(),
+            lines=self.trace.length,
+            virtual_s=self.clock.monotonic(),
+            sandboxes=len(self._clients),
+            crashes=self.crashes,
+            answers=answers,
+        )
+
+    def describe(self) -> str:
+        return f"{len(self._clients)} sandboxes, {self.rates}, {self._settings}"
+
+    # -- the daemon's lives --
+
+    async def _keep_alive(self) -> None:
+        """Start a daemon; when it dies, start the next one after a while."""
+        while not self._over:
+            crash_after = self.rates.crash_after[self.lives] if self.lives < len(self.rates.crash_after) else None
+            self.lives += 1
+            life = Life(self.lives, crash_after=crash_after, before_write=self.rng.random() < 0.5)
+            self.trace.say("daemon starts", life=life.number)
+            daemon = Daemon(self, life, self._settings)
+            task = asyncio.get_running_loop().create_task(daemon.run(), name=f"daemon {life.number}")
+            await self._outlive(daemon, life, task)
+            self.daemon = None
+            if self._over:
+                return
+            if self.rates.reboot and self.crashes == 1:
+                self.kernel.reboot()
+            await asyncio.sleep(self.rng.uniform(0.01, 5.0))
+
+    async def _outlive(self, daemon: Daemon, life: Life, task: asyncio.Task[None]) -> None:
+        """Until this life is over. A daemon that ends by itself is a violation, unless it was asked to."""
+        task.add_done_callback(lambda _: life.died.set())
+        await life.died.wait()
+        if not life.dead and not self._over and not daemon.asked_to_leave:
+            error = None if task.cancelled() else task.exception()
+            self.checkers.blame(f"the daemon ended by itself: {error!r}")
+            self._changed.fire()
+        life.end()
+        self.crashes += not (self._over or daemon.asked_to_leave)
+        self.trace.say("daemon is dead", life=life.number)
+        await self._drop_tasks()
+
+    async def _drop_tasks(self) -> None:
+        """Everything of the dead daemon stops where it is: its tasks are cancelled, and its ports refuse."""
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, virtual.VirtualLoop)
+        for _ in range(1_000):
+            left = [task for task in loop.tasks() if task not in self._own and not task.done()]
+            if not left:
+                return
+            for task in reversed(left):
+                task.cancel("the daemon was killed")
+            await asyncio.sleep(0)
+        raise Violation(f"tasks of a dead daemon do not end: {[task.get_name() for task in left]}")
+
+    def _is_up(self) -> bool:
+        return self.daemon is not None and self.daemon.up
+
+    # -- what goes on beside --
+
+    def _start(self, crew: Crew, coro: object, name: str) -> asyncio.Task[object]:
+        task: asyncio.Task[object] = crew.spawn(coro, name=name)  # type: ignore[arg-type]
+        self._own.add(task)
+        return task
+
+    async def _watch_expiry(self) -> None:
+        while True:
+            await asyncio.sleep(LOOK_S)
+            if self._is_up():
+                self.checkers.check_expiry(self.clock.monotonic())
+                if self.checkers.violations:
+                    self._changed.fire()
+
+    async def _step_clock(self) -> None:
+        for _ in range(self.rates.clock_jumps):
+            await asyncio.sleep(self.rng.uniform(2.0, 20.0))
+            seconds = self.rng.choice((-60.0, -3.0, 3.0, 60.0))
+            self.trace.say("clock step", seconds=seconds)
+            self.clock.jump(seconds)
+            self.checkers.quiet_since = self.clock.monotonic()
+
+    # -- the end --
+
+    def _at_rest(self) -> bool:
+        return self._is_up() and not [
+            sandbox
+            for sandbox in self.facts.specs
+            if sandbox not in self.facts.statuses or self.facts.statuses[sandbox].phase not in TERMINAL
+        ]
+
+    async def _end(self) -> None:
+        """No leaks beside the living pools; then force the node closed, and nothing at all may be left."""
+        assert self.daemon is not None
+        leaks = [leak for leak in find_leaks(self.daemon.ports) if leak.kind != "record"]
+        if leaks:
+            raise Violation(f"at rest, leaks: {leaks}")
+        self.daemon.check_bugs()
+        await self.daemon.node.close(Closing.FORCE)
+        kernel = self.kernel
+        for what, left in (
+            ("processes", kernel.processes),
+            ("cgroups", kernel.cgroups),
+            ("slots", kernel.slots),
+            ("disks", kernel.disks),
+            ("folders", kernel.run_dirs),
+            ("records", kernel.records),
+        ):
+            if left:
+                raise Violation(f"after the end, {what} are left: {sorted(left)}")
+
+    def _raise_violations(self) -> None:
+        if self.checkers.violations:
+            raise Violation("; ".join(self.checkers.violations))
+
+
+class Daemon:
+    """One life of the daemon: store, control and node in one process, as `run` puts them together."""
+
+    def __init__(self, world: World, life: Life, settings: NodeSettings) -> None:
+        self._world, self._life = world, life
+        self.ports = world.kernel.ports(life)
+        self.store = Store(_WatchedLog(world, life), world.clock)
+        self.up = False
+        self.asked_to_leave = False
+        source = LocalSource(self.store)
+        self.controller = Controller(
+            store=self.store, source=source, clock=world.clock, rng=_fork(world.rng), retention_s=RETENTION_S
+        )
+        self.node = Node(
+            settings=settings,
+            ports=self.ports,
+            source=source,
+            reports=LocalReports(self.store, by="node", rng=_fork(world.rng)),
+            clock=world.clock,
+            rng=_fork(world.rng),
+            machine=Machine(boot_id=world.kernel.boot_id),
+            token_seed=b"sim" * 11,
+        )
+
+    async def run(self) -> None:
+        world = self._world
+        async with Crew("daemon") as crew:
+            await self.store.open()
+            if self.store.get(keys.BUILD + BUILD) is None:
+                await self.store.commit([Put(keys.BUILD + BUILD, msgspec.json.encode(_BUILD))], by="run")
+            await self.node.open()
+            await self.controller.open(crew)
+            self.up = True
+            world.daemon = self
+            world.checkers.quiet_since = world.clock.monotonic()
+            world.trace.say("daemon is up")
+            world._changed.fire()
+            await self.node.run()
+
+    def check_bugs(self) -> None:
+        bugs = self.node.statistics().bugs
+        if bugs:
+            raise Violation(f"supervisors raised: {bugs}")
+
+
+class _WatchedLog:
+    """The log as one life of the daemon sees it; the world sees each revision that was kept, acknowledged or not."""
+
+    def __init__(self, world: World, life: Life) -> None:
+        self._world, self._life, self._log = world, life, world.log
+        self._waiting: list[Batch] = []
+
+    async def open(self, *, logged: OnLogged, failed: OnFailed) -> None:
+        def kept(revision: int) -> None:
+            done = [batch for batch in self._waiting if batch.revision <= revision]
+            self._waiting = self._waiting[len(done) :]
+            for batch in done:
+                self._world.on_revision(batch)
+            if not self._life.dead:
+                logged(revision)
+
+        await self._log.open(logged=kept, failed=failed)
+
+    async def image(self) -> Image:
+        return await self._log.image()
+
+    async def read(self, after_revision: int, count_max: int) -> list[Batch]:
+        return await self._log.read(after_revision, count_max)
+
+    def append(self, entry: Batch, *, durable: bool) -> None:
+        self._life.check()
+        self._waiting.append(entry)
+        self._log.append(entry, durable=durable)
+
+    def reset(self) -> None:
+        self._log.reset()
+
+    def compact(self, revision: int) -> asyncio.Future[None]:
+        return self._log.compact(revision)
+
+    async def close(self) -> None:
+        if not self._life.dead:
+            await self._log.close()
+
+
+ANSWER_S: Final = 400.0
+_BUILD: Final = Build(
+    id=BUILD,
+    template=TemplateId("base"),
+    layers=(Layer(digest="sha256:0", path="/sim/layers/0"),),
+    created_at=0.0,
+)
+
+
+def _fork(rng: random.Random) -> random.Random:
+    """A generator of its own, so that one party's draws do not move another's."""
+    return random.Random(rng.getrandbits(64))
