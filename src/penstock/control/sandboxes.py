@@ -113,9 +113,10 @@ def _bound(seen: Seen, spec: SandboxSpec, now: float) -> Plan:
 
 
 def _cancelled(spec: SandboxSpec, *, refused: bool) -> Plan:
+    """It ends before it ran. Only a node writes a status, so one that refused it is asked once more, and says so."""
     why = f"stopped by {spec.stop.by}" if spec.stop is not None else "its time was over"
-    if refused:
-        return Plan(because=(f"{why} before it ran; node {spec.node} says so",))
+    if refused and spec.node is not None:
+        return Plan(actions=(Bind(spec.id, spec.node),), because=(f"{why} before it ran; node {spec.node} says so",))
     return Plan(actions=(Remove(spec.id),), because=(f"{why} before a node was chosen",))
 
 

@@ -38,7 +38,11 @@ class State(Enum):
     READY = "ready"
     TAKEN = "taken"
     RETURNING = "returning"
-    BROKEN = "broken"  # its destruction failed; the number stays out of use until a retry succeeds
+    BROKEN = "broken"  # to be destroyed, not verified yet: its number stays out of use until a retry succeeds
+    PINNED = "pinned"  # perhaps somebody's whom this daemon does not understand: never touched
+
+
+_ALL_OUT: Final = (State.MAKING, State.RETURNING, State.TAKEN, State.BROKEN)
 
 
 class PoolStatistics(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,6 +54,7 @@ class PoolStatistics(msgspec.Struct, frozen=True, kw_only=True):
     taken: int
     returning: int
     broken: int
+    pinned: int
     free: int  # numbers nothing exists for
     waiting: int  # takers
     made_total: int
@@ -121,7 +126,7 @@ class Pool(Generic[T]):
 
     def hold_back(self, number: int) -> None:
         """Never use `number` in this life: somebody this daemon does not understand may have it."""
-        self._claim(number, State.BROKEN)
+        self._claim(number, State.PINNED)
 
     def take_nowait(self, owner: str) -> tuple[int, T]:
         """A ready one, now. Raises NoFreeSlot when none is ready, PoolClosed when closed, OSError on a full disk."""
@@ -188,7 +193,8 @@ class Pool(Generic[T]):
         """Stop making, destroy what lies ready, and wait until everything taken came back. Idempotent.
 
         With `leave_taken`, what sandboxes hold stays theirs (a daemon that stops, not a node that ends).
-        Raises DeadlinePassed naming how many are still out, or an ExceptionGroup of failed destructions.
+        What could not be destroyed is tried again meanwhile. Raises DeadlinePassed: what is still out stays recorded,
+        and the next daemon comes back for it.
         """
         self._closed = True
         self._opened = False
@@ -196,19 +202,18 @@ class Pool(Generic[T]):
             waiter, _ = self._waiters.popleft()
             if not waiter.done():
                 waiter.set_exception(self._closed_error())
-        errors: list[Exception] = []
         while self._ready:
+            number = self._ready.popleft()
             try:
-                await self._return(self._ready.popleft())
-            except Exception as error:
-                errors.append(error)
-        busy = (State.MAKING, State.RETURNING) if leave_taken else (State.MAKING, State.RETURNING, State.TAKEN)
+                await self._return(number)
+            except Exception:
+                # Safe: it is BROKEN now, `_mend` tries again, and we wait for that below.
+                self._crew.spawn(self._mend(number), name=f"{self.kind} {number} mend")
+        busy = (State.MAKING, State.RETURNING) if leave_taken else _ALL_OUT
         async with within(within_s, f"the return of every {self.kind}"):
             while any(self._counts[state] for state in busy):
                 self._changed.clear()
                 await self._changed.wait()
-        if errors:
-            raise ExceptionGroup(f"{self.kind} pool closed with failed destructions", errors)
 
     def owned_by(self, owner: str) -> list[int]:
         """What `owner` holds and has not given back, in numeric order."""
@@ -225,6 +230,7 @@ class Pool(Generic[T]):
             taken=self._counts[State.TAKEN],
             returning=self._counts[State.RETURNING],
             broken=self._counts[State.BROKEN],
+            pinned=self._counts[State.PINNED],
             free=len(self._free),
             waiting=len(self._waiters),
             made_total=self._made,

@@ -8,6 +8,7 @@ records and the log live on, or the machine is rebooted with it.
 from __future__ import annotations
 
 import asyncio
+import inspect
 import random
 from collections.abc import Callable
 from typing import Final
@@ -238,7 +239,9 @@ class World:
             if not left:
                 return
             for task in reversed(left):
-                task.cancel("the daemon was killed")
+                # One that has not begun yet is given its first step: it holds an unawaited coroutine.
+                if inspect.getcoroutinestate(task.get_coro()) != inspect.CORO_CREATED:
+                    task.cancel("the daemon was killed")
             await asyncio.sleep(0)
         raise Violation(f"tasks of a dead daemon do not end: {[task.get_name() for task in left]}")
 
