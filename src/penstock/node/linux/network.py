@@ -5,8 +5,9 @@ pooled slots vanish by themselves. What may block runs on two threads that live 
 sockets of its own; what takes microseconds (set elements, look-ups) runs on the loop's thread with sockets made there.
 
 A slot is destroyed by closing its namespace; the kernel then takes the links away and tells us on a socket, 1.2 ms
-later when it is quiet (measured). Should that take longer than `PATIENCE_S`, the links are deleted by name: as quick
-for whoever looks, but the deleting thread is held for some 20 ms, hence not the first choice.
+later when it is quiet, 60 ms when it is clearing others away or a TCP connection is still saying goodbye (measured).
+After `PATIENCE_S` the links are deleted by name instead: they are gone 1 ms later, but the deleting thread is held for
+some 20 ms, so it is a thread of its own that deletes all that were asked for meanwhile at once.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ from penstock.node.linux.router import Router, Wires, Workbench, build_slot
 from penstock.node.linux.uplink import Uplink, UplinkState
 from penstock.node.ports import Slot
 
-THREADS: Final = 2  # one may be held by a deletion; link changes are serialised by the kernel anyway
-PATIENCE_S: Final = 0.01
+THREADS: Final = 2  # the kernel serialises changes of links anyway
+PATIENCE_S: Final = 0.003
 OPEN_S: Final = 30.0
 CREATE_S: Final = 10.0
 _NEWS_BYTES: Final = 1 << 16
@@ -127,6 +128,7 @@ class LinuxNetwork:
         finally:
             self._opener.shutdown(wait=False)
         self._threads = ThreadPoolExecutor(THREADS, "network", initializer=lambda: self._bench.enter(self._router.fd))
+        self._deleter = ThreadPoolExecutor(1, "network-delete", initializer=lambda: self._bench.enter(self._router.fd))
         self._read_back()
         asyncio.get_running_loop().add_reader(self._news.fileno(), self._read_news)
         await self._dns.open()
@@ -240,7 +242,7 @@ class LinuxNetwork:
             if not await news.wait_for(gone, until=loop.time() + PATIENCE_S):
                 # A process may still live in the namespace, or the kernel be busy clearing others away.
                 self._doomed.append(number)
-                self._pool().submit(self._delete_doomed)
+                self._deleter.submit(self._delete_doomed)
                 await news.wait_for(gone, until=None)
         finally:
             self._going.pop(number, None)
@@ -336,7 +338,8 @@ class LinuxNetwork:
             closer.shutdown(wait=False)
 
     def _close_blocking(self, threads: ThreadPoolExecutor, destroy: bool) -> None:
-        threads.shutdown(wait=True)  # threads live in the router: they pin it
+        for pool in (threads, self._deleter):
+            pool.shutdown(wait=True)  # threads live in the router: they pin it
         if destroy:
             self._uplink().remove()
             self._router.destroy()
