@@ -60,6 +60,11 @@ class Within:
         self.deadline: float | None = None  # loop seconds; None: unbounded
 
     @property
+    def passed(self) -> bool:
+        """Whether the body was cancelled because of this deadline."""
+        return self._struck
+
+    @property
     def left_s(self) -> float | None:
         """Seconds left, never negative; None when unbounded."""
         if self.deadline is None:
@@ -120,6 +125,8 @@ def is_about_to_run(task: asyncio.Task[object]) -> bool:
     Python release drop it.
     """
     waiter: asyncio.Future[object] | None = getattr(task, "_fut_waiter", None)
+    while isinstance(waiter, asyncio.Task) and not waiter.done():
+        waiter = getattr(waiter, "_fut_waiter", None)  # it awaits a task: what does that one await?
     return waiter is None or waiter.done()
 
 

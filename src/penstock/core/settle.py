@@ -15,7 +15,7 @@ import asyncio
 from collections.abc import Awaitable
 from typing import Final, Generic, TypeVar, cast
 
-from penstock.core.deadlines import DeadlinePassed, Pulse
+from penstock.core.deadlines import DeadlinePassed, Pulse, within
 from penstock.core.errors import Kind, PenstockError
 
 CANCEL_S: Final = 5.0  # how long work that missed its deadline may take to end after being cancelled
@@ -69,48 +69,50 @@ async def settle(aw: Awaitable[T], *, within_s: float, what: str) -> T:
 async def settled(aw: Awaitable[T], *, within_s: float, what: str) -> Outcome[T]:
     """Like `settle`, for callers that must know how the work ended before a cancellation goes on. Never raises."""
     loop = asyncio.get_running_loop()
-    work: asyncio.Future[T] = asyncio.ensure_future(aw)
-    if isinstance(work, asyncio.Task) and work is not aw:
-        work.set_name(f"settle {what}")
+    work = loop.create_task(_bounded(aw, within_s, what), name=f"settle {what}")
     ended = Pulse()
     work.add_done_callback(lambda _: ended.fire())
-    in_time, cancelled = await _outlast(work, ended, loop.time() + within_s)
-    if not in_time:
-        work.cancel(f"deadline passed: {what}")
-        _, later = await _outlast(work, ended, loop.time() + CANCEL_S)
-        cancelled = later or cancelled
-    error = _error(work, in_time, within_s, what)
-    return Outcome(work.result() if error is None else None, error, cancelled)
-
-
-async def _outlast(work: asyncio.Future[T], ended: Pulse, until: float) -> tuple[bool, asyncio.CancelledError | None]:
-    """Wait for `work` until then, remembering instead of obeying cancellations. True when it has ended."""
+    give_up_at = loop.time() + within_s + CANCEL_S
     cancelled: asyncio.CancelledError | None = None
     while True:
         try:
-            return await ended.wait_for(work.done, until=until), cancelled
-        except asyncio.CancelledError as error:
-            cancelled = error
+            await ended.wait_for(work.done, until=give_up_at)
+            break
+        except asyncio.CancelledError as request:
+            cancelled = request
+    error = _error(work, within_s, what)
+    return Outcome(work.result() if error is None else None, error, cancelled)
 
 
-def _error(work: asyncio.Future[T], in_time: bool, within_s: float, what: str) -> Exception | None:
+async def _bounded(aw: Awaitable[T], within_s: float, what: str) -> T:
+    bound = within(within_s, what)
+    try:
+        async with bound:
+            return await aw
+    except DeadlinePassed:
+        raise
+    except Exception as error:
+        if bound.passed:  # its answer to being cancelled: the deadline is the news, the answer its cause
+            raise DeadlinePassed(what, within_s=within_s) from error
+        raise
+
+
+def _error(work: asyncio.Task[T], within_s: float, what: str) -> Exception | None:
     """Why `work` has no result; None when it has one."""
     if not work.done():
         _abandon(work)
         return DeadlinePassed(what, within_s=within_s, why=f"waited {within_s:g} s, and it ignores its cancellation")
     if work.cancelled():
-        if in_time:
-            return Interrupted("interrupted", which=what, why="somebody else cancelled it")
-        return DeadlinePassed(what, within_s=within_s)
+        return Interrupted("interrupted", which=what, why="somebody else cancelled it")
     error = work.exception()
-    if error is None or (in_time and isinstance(error, Exception)):
+    if error is None or isinstance(error, Exception):
         return error
-    late = DeadlinePassed(what, within_s=within_s)
-    late.__cause__ = error
-    return late
+    broken = Interrupted("interrupted", which=what, why=repr(error))
+    broken.__cause__ = error
+    return broken
 
 
-def _abandon(work: asyncio.Future[T]) -> None:
+def _abandon(work: asyncio.Task[T]) -> None:
     """Let deaf work run on unwatched. Safe: its caller has an error, so what it may still do counts as undone."""
     kept = cast("asyncio.Future[object]", work)
     _abandoned.add(kept)
