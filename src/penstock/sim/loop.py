@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
 import random
 import selectors
 from collections.abc import Callable, Coroutine, Mapping
@@ -23,6 +22,8 @@ from typing import Any, Final, NoReturn, TypeVar
 from penstock.core.errors import Kind, PenstockError
 
 EPOCH: Final = 1_767_225_600.0  # wall seconds at virtual zero: 2026-01-01 00:00 UTC
+# Timers this near are due. asyncio's own 1e-9 is lost in the rounding beyond 9e6 s: a timer due now never fires there.
+RESOLUTION_S: Final = 1e-7
 STALL_SELECTS_MAX: Final = 1_000_000  # passes of the loop at one virtual instant before it counts as a livelock
 
 T = TypeVar("T")
@@ -73,9 +74,7 @@ class _TimeSelector(selectors.BaseSelector):
         if timeout is None:
             self.on_idle()
         elif timeout > 0:
-            later = self.now + timeout
-            # Far from zero a tiny timeout is lost in the rounding; time must still move, or the loop spins.
-            self.now = later if later > self.now else math.nextafter(self.now, math.inf)
+            self.now += timeout
             self._selects = 0
         else:
             self._selects += 1
@@ -94,6 +93,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     def __init__(self, seed: int) -> None:
         self._time = _TimeSelector()
         super().__init__(self._time)
+        self._clock_resolution = RESOLUTION_S
         self.seed = seed
         self.rng = random.Random(seed)
         self._tasks_in_order: dict[asyncio.Task[Any], None] = {}
