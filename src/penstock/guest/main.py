@@ -1,0 +1,256 @@
+"""Pid 1 of a sandbox: serves the guest protocol, reaps, ends everything when told.
+
+`serve` runs in a process forked from a warmed zygote, after the pivot into the sandbox's file system. From then on
+nothing may be imported and no codec, NSS or iconv module loaded, because the files those would come from belong to
+the sandbox's user. `serve` makes that true instead of hoping: it empties the import machinery first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import codecs
+import fcntl
+import gc
+import os
+import resource
+import signal
+import socket
+import stat
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, NoReturn
+
+from penstock.core.clock import SystemClock
+from penstock.core.crew import Crew
+from penstock.guest import basics, process_api, spawn
+from penstock.guest.access import TokenAccess
+from penstock.guest.exchange import Exchange, Peer
+from penstock.guest.log import Log
+from penstock.guest.parts import Parts
+from penstock.guest.processes import PROCESSES_MAX, Processes
+from penstock.guest.rpc import Rpc
+from penstock.guest.server import CONNECTIONS_MAX, Routes, Server
+from penstock.guest.settings import Settings
+from penstock.guest.users import Users
+from penstock.wire.routing import GUEST_PORT
+
+STOP_TERM_S: Final = 4.0  # from SIGTERM to SIGKILL for what runs in the sandbox
+STOP_S: Final = 5.0  # from SIGTERM to our own exit
+NOFILE_WANTED: Final = 65_536
+FDS_PER_PROCESS: Final = 4
+FDS_OWN: Final = 64  # listeners, epoll, log, cgroups, watches
+FACTS_DIR: Final = "/run/e2b"
+
+for _name in ("utf-8", "ascii", "latin-1", "idna", "unicode_escape"):
+    codecs.lookup(_name)  # a codec is a module: load it while the files are still ours
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How the descriptors are shared out."""
+
+    connections: int
+    processes: int
+
+
+def serve(
+    config: Mapping[str, Any],
+    *,
+    listen_fds: Mapping[str, int],
+    log_fd: int,
+    cgroup_fds: Mapping[str, Sequence[int]] | None = None,
+    ready: Callable[[], None] = lambda: None,
+) -> NoReturn:
+    """Be pid 1 until SIGTERM; never returns.
+
+    `config` has the fields of `node.ports.GuestConfig`. `listen_fds` are bound stream sockets, `public` and `control`.
+    `cgroup_fds["user"]` are files every process writes "0" to. `ready` is called once, when connections are answered.
+    Exit status 0 after SIGTERM, 1 when the guest itself failed (its log says why).
+    """
+    clock = SystemClock()
+    log = Log(log_fd, clock)
+    status = 1
+    try:
+        _seal_imports()
+        _own_descriptors(log_fd)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Python's handler would raise in the middle of anything
+        user_cgroups = tuple((cgroup_fds or {}).get("user", ()))
+        guest = Guest(config, listen_fds, user_cgroups, log, clock, ready)
+        loop = asyncio.SelectorEventLoop()  # made here: an epoll descriptor shared over a fork would be two processes'
+        asyncio.set_event_loop(loop)
+        loop.set_exception_handler(lambda _, context: _log_loop_fault(log, context))
+        loop.run_until_complete(guest.run())
+        status = 0
+    except BaseException as error:
+        log.fault("guest", error)
+    finally:
+        # Not sys.exit: finalisation runs arbitrary destructors, and a forked interpreter has its parent's.
+        os._exit(status)
+
+
+class Guest:
+    """The parts of one guest, put together."""
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        listen_fds: Mapping[str, int],
+        cgroup_fds: Sequence[int],
+        log: Log,
+        clock: SystemClock,
+        ready: Callable[[], None],
+    ) -> None:
+        limits, budget = _share_descriptors()
+        self._listen_fds, self._log, self._ready = listen_fds, log, ready
+        self._clock = clock
+        self._budget = budget
+        self._settings = Settings(config)
+        self._users = Users()
+        self._is_init = os.getpid() == 1
+        around = spawn.Surroundings(cgroup_fds=cgroup_fds, nofile=limits, switch_user=os.geteuid() == 0)
+        self._processes = Processes(self._settings, self._users, log, around, processes_max=budget.processes)
+        self._stop = asyncio.Event()
+        self._child_ended = asyncio.Event()
+
+    async def run(self) -> None:
+        """Serve until SIGTERM, then end everything within STOP_S."""
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGCHLD, self._reap)
+        loop.add_signal_handler(signal.SIGTERM, self._stop.set)
+        self._write_facts()
+        async with Crew("guest", on_error=self._log.fault, stop_s=STOP_S - STOP_TERM_S) as crew:
+            server = self._build(crew)
+            for name, fd in self._listen_fds.items():
+                await server.listen(socket.socket(fileno=fd), Peer(name))
+            await self._listen_on_loopback(server)
+            self._ready()
+            await self._stop.wait()
+            self._log.say("stopping")
+            server.stop()
+            await self._end_processes()
+
+    def _build(self, crew: Crew) -> Server:
+        routes = Routes()
+        access = TokenAccess(self._settings, self._clock)
+        parts = Parts(
+            settings=self._settings,
+            users=self._users,
+            access=access,
+            routes=routes,
+            rpc=Rpc(routes, self._users, self._settings, self._on_fault),
+            log=self._log,
+            clock=self._clock,
+            spawn=crew.spawn,
+        )
+        basics.register(parts)
+        process_api.register(parts, self._processes)
+        return Server(
+            routes, access, spawn=crew.spawn, on_fault=self._on_fault, connections_max=self._budget.connections
+        )
+
+    async def _listen_on_loopback(self, server: Server) -> None:
+        """The same service for programs inside (the code interpreter asks it for /envs)."""
+        sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind(("127.0.0.1", GUEST_PORT))
+            await server.listen(sock, Peer.PUBLIC)
+        except OSError as error:
+            # Safe: everybody outside comes over the unix socket.
+            sock.close()
+            self._log.say("not listening inside", level="warning", port=GUEST_PORT, why=str(error))
+
+    def _reap(self) -> None:
+        self._processes.reap()
+        self._child_ended.set()
+
+    async def _end_processes(self) -> None:
+        """SIGTERM to all, SIGKILL after STOP_TERM_S to those left; as pid 1 the kernel ends the rest with us."""
+        if self._is_init:
+            os.kill(-1, signal.SIGTERM)
+            os.kill(-1, signal.SIGCONT)  # a stopped process cannot act on the first
+        self._processes.signal_all(signal.SIGTERM)
+        loop = asyncio.get_running_loop()
+        timer = loop.call_later(STOP_TERM_S, self._kill_all)
+        hopeless = loop.time() + STOP_S - 0.5
+        while _has_children() and loop.time() < hopeless:
+            self._child_ended.clear()
+            tick = loop.call_later(0.5, self._child_ended.set)
+            await self._child_ended.wait()
+            tick.cancel()
+        timer.cancel()
+
+    def _kill_all(self) -> None:
+        if self._is_init:
+            os.kill(-1, signal.SIGKILL)
+        self._processes.signal_all(signal.SIGKILL)
+
+    def _write_facts(self) -> None:
+        """Files by which programs learn that they are in a sandbox, and in which."""
+        if not self._is_init:
+            return
+        try:
+            os.makedirs(FACTS_DIR, 0o755, exist_ok=True)
+            for name, value in self._settings.own_env.items():
+                flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+                fd = os.open(f"{FACTS_DIR}/.{name}", flags, 0o644)
+                os.write(fd, value.encode())
+                os.close(fd)
+        except OSError as error:
+            # Safe: the same facts are in every process's environment.
+            self._log.say("facts not written", level="warning", why=str(error))
+
+    def _on_fault(self, exchange: Exchange, error: BaseException) -> None:
+        self._log.fault(f"{exchange.method} {exchange.path}", error)
+
+
+def _seal_imports() -> None:
+    """From here on an import of something not loaded fails, wherever it hides, instead of running a sandbox's file."""
+    sys.meta_path.clear()
+    sys.path_hooks.clear()
+    sys.path_importer_cache.clear()
+    sys.path.clear()
+    gc.freeze()  # collections must not touch, and so copy, the pages shared with the zygote
+
+
+def _own_descriptors(log_fd: int) -> None:
+    """Nothing we were handed may reach a child by accident."""
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            if int(name) > 2:
+                os.set_inheritable(int(name), False)
+        except OSError:
+            pass  # the descriptor of the listing itself
+    if not stat.S_ISREG(os.fstat(log_fd).st_mode):
+        flags = fcntl.fcntl(log_fd, fcntl.F_GETFL)
+        fcntl.fcntl(log_fd, fcntl.F_SETFL, flags | os.O_NONBLOCK)
+
+
+def _share_descriptors() -> tuple[tuple[int, int], Budget]:
+    """Raise our own soft limit; (what children get back, how much of what may be open)."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    soft = before[0]
+    wanted = NOFILE_WANTED if before[1] == resource.RLIM_INFINITY else min(before[1], NOFILE_WANTED)
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, before[1]))
+        soft = wanted
+    room = soft - FDS_OWN
+    processes = max(8, min(PROCESSES_MAX, room // 2 // FDS_PER_PROCESS))
+    return before, Budget(connections=max(16, min(CONNECTIONS_MAX, room // 4)), processes=processes)
+
+
+def _has_children() -> bool:
+    try:
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return False
+    return True
+
+
+def _log_loop_fault(log: Log, context: dict[str, Any]) -> None:
+    error = context.get("exception")
+    if isinstance(error, BaseException):
+        log.fault(str(context.get("message", "event loop")), error)
+    else:
+        log.say("fault", level="error", what=str(context.get("message", "event loop")))
