@@ -1,0 +1,190 @@
+"""The ingress, put together: the table, the connections on both sides, and who may have how many.
+
+Descriptors are the resource that runs out first. Clients, upstreams, dials and handshakes share one budget. When it is
+used up, kept upstreams are closed first, then the clients that have been idle longest; when nobody is idle, a new client
+is told 503. So ten thousand idle connections cost nobody else anything but memory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import resource
+from collections import OrderedDict
+from collections.abc import Coroutine
+from typing import Any, Final
+
+from penstock.core.crew import Crew
+from penstock.core.deadlines import Pulse
+from penstock.ingress.client import Client
+from penstock.ingress.dial import Dialler
+from penstock.ingress.heads import Heads
+from penstock.ingress.netns import DESCRIPTORS_MAX
+from penstock.ingress.pool import Pool
+from penstock.ingress.sandbox_tokens import Tokens
+from penstock.ingress.signed import SignedRoutes
+from penstock.ingress.table import Route, Table
+from penstock.ingress.tally import Gauges, Tally, expose
+from penstock.ingress.upstream import Upstream
+
+BACKLOG: Final = 1024  # connections the kernel holds for us; the loop takes as many at once before we may refuse any
+REFUSED_LINGERING_MAX: Final = 64  # refused clients given time to read why
+LAG_EVERY_S: Final = 0.25
+
+
+def descriptor_budget() -> int:
+    """How many connections this process may hold, both sides together. Raises the soft limit to the hard one."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return budget_of(hard)
+
+
+def budget_of(limit: int) -> int:
+    """What `limit` descriptors leave after a full backlog, the refused, the namespaces and our own few."""
+    reserve = BACKLOG + REFUSED_LINGERING_MAX + DESCRIPTORS_MAX + 64
+    return limit - min(reserve, limit // 2)
+
+
+class Hub:
+    """Everything a connection needs. Constructed with ready objects; `run` or `sim` chooses them."""
+
+    def __init__(
+        self,
+        *,
+        loop: asyncio.AbstractEventLoop,
+        table: Table,
+        dialler: Dialler,
+        tokens: Tokens,
+        crew: Crew,
+        descriptors_max: int,
+        per_sandbox_max: int | None = None,
+        gauges: Gauges | None = None,
+    ) -> None:
+        self.loop, self.table, self.tokens = loop, table, tokens
+        self.tally, self.heads = Tally(), Heads()
+        self.signed = SignedRoutes(table, tokens)
+        self.pool = Pool(self, dialler)
+        self.clients: set[Client] = set()
+        self.upstreams: set[Upstream] = set()
+        self.idle: OrderedDict[Client, None] = OrderedDict()  # between requests, longest first
+        self.stopping = False
+        self.handshakes = 0  # TLS connections that are no clients yet
+        self._left = Pulse()  # a client has gone
+        self.descriptors_max = descriptors_max
+        # A quarter each (spec/e2b.md 3.1): one sandbox's clients and their upstreams take half of the budget at most.
+        self.per_sandbox_max = per_sandbox_max or max(1, descriptors_max // 4)
+        self._dialler, self._crew = dialler, crew
+        self._exchanges: dict[str, set[Client]] = {}
+        self._refused: set[Client] = set()
+        self._gauges = gauges if gauges is not None else Gauges()
+        self._gauges.update(
+            connections_open=lambda: len(self.clients),
+            connections_idle=lambda: len(self.idle),
+            upstreams_open=lambda: len(self.upstreams),
+            upstreams_idle=lambda: len(self.pool),
+            descriptors_max=lambda: self.descriptors_max,
+            routes=lambda: len(self.table.routes),
+        )
+        table.on_ended = self._sandbox_ended
+        crew.spawn(self.pool.sweep(), name="pool sweep")
+        crew.spawn(self._watch_lag(), name="loop lag")
+
+    def spawn(self, coro: Coroutine[Any, Any, None], *, name: str) -> asyncio.Task[None]:
+        return self._crew.spawn(coro, name=name)
+
+    # ---- clients
+
+    def admit(self, client: Client) -> bool:
+        """Count a new client in. False: no room, and nobody idle to make some."""
+        self.tally.connections += 1
+        if self.stopping or not self.make_room():
+            return False
+        self.clients.add(client)
+        self.idle[client] = None
+        return True
+
+    def may_linger(self, client: Client) -> bool:
+        """Whether a refused client may stay for the moment it takes to read why."""
+        if len(self._refused) >= REFUSED_LINGERING_MAX:
+            return False
+        self._refused.add(client)
+        return True
+
+    def leave(self, client: Client) -> None:
+        self.clients.discard(client)
+        self._refused.discard(client)
+        self.idle.pop(client, None)
+        if self.stopping:
+            self._left.fire()
+
+    def make_room(self) -> bool:
+        """Room for one more descriptor, if need be by closing something idle."""
+        held = len(self.clients) + len(self.upstreams) + self.pool.dialling + self.handshakes
+        if held < self.descriptors_max:
+            return True
+        if self.pool.drop_oldest():
+            return True
+        if self.idle:
+            victim, _ = self.idle.popitem(last=False)
+            self.clients.discard(victim)
+            self.tally.evicted += 1
+            victim.close_if_idle()
+            return True
+        return False
+
+    # ---- exchanges
+
+    def enter(self, sandbox: str, client: Client) -> bool:
+        """Count an exchange in. False: the sandbox has its share already."""
+        clients = self._exchanges.get(sandbox)
+        if clients is None:
+            clients = self._exchanges[sandbox] = set()
+        elif len(clients) >= self.per_sandbox_max:
+            return False
+        clients.add(client)
+        return True
+
+    def exit(self, sandbox: str, client: Client) -> None:
+        clients = self._exchanges.get(sandbox)
+        if clients is not None:
+            clients.discard(client)
+            if not clients:
+                del self._exchanges[sandbox]
+
+    def exchanges(self, sandbox: str) -> int:
+        return len(self._exchanges.get(sandbox, ()))
+
+    # ---- the whole
+
+    def expose(self) -> bytes:
+        return expose(self.tally, self._gauges)
+
+    async def stop(self, *, grace_s: float) -> int:
+        """Let what is under way end, for `grace_s` at most; returns how many connections were cut then.
+
+        The listeners are closed by now. Idle connections close at once, the others after their response.
+        """
+        self.stopping = True
+        for client in list(self.idle):
+            client.close_if_idle()
+        self.pool.close()
+        await self._left.wait_for(lambda: not self.clients, until=self.loop.time() + grace_s)
+        left = list(self.clients)
+        for client in left:
+            client.reset()
+        for upstream in list(self.upstreams):
+            upstream.transport.abort()
+        await asyncio.sleep(0)
+        return len(left)
+
+    def _sandbox_ended(self, route: Route) -> None:
+        for client in list(self._exchanges.get(route.sandbox, ())):
+            client.sandbox_ended()
+        self.pool.drop_sandbox(route.sandbox)
+        self.tokens.forget(route.sandbox)
+        self._dialler.forget(route)
+
+    async def _watch_lag(self) -> None:
+        while True:
+            due = self.loop.time() + LAG_EVERY_S
+            await asyncio.sleep(LAG_EVERY_S)
+            self.tally.lagged(max(0.0, self.loop.time() - due))
