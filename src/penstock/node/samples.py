@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Final, Protocol
 
 import msgspec
@@ -35,9 +35,18 @@ class Living(Protocol):
 class Samples:
     """`living` names what to sample; `run()` does so until it is cancelled."""
 
-    def __init__(self, *, cgroups: Cgroups, disks: Disks, clock: Clock, living: Living, run_dirs: str) -> None:
+    def __init__(
+        self,
+        *,
+        cgroups: Cgroups,
+        disks: Disks,
+        clock: Clock,
+        living: Living,
+        disk_name: Callable[[str], str],
+        run_dirs: str,
+    ) -> None:
         self._cgroups, self._disks, self._clock, self._living = cgroups, disks, clock, living
-        self._run_dirs = run_dirs
+        self._disk_name, self._run_dirs = disk_name, run_dirs
         self._rings: dict[SandboxId, deque[Sample]] = {}
         self._cpu: dict[SandboxId, tuple[float, float]] = {}  # (monotonic, CPU seconds) of the last look
 
@@ -82,7 +91,7 @@ class Samples:
         name = cgroup_name(spec.id)
         try:
             usage = self._cgroups.usage(name)
-            disk_used = self._disks.used_bytes(spec.id)
+            disk_used = self._disks.used_bytes(self._disk_name(spec.id))
         except FileNotFoundError:
             return  # Safe: it is being created or removed; the next look tells.
         now, limits = self._clock.monotonic(), spec.limits

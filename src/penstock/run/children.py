@@ -115,7 +115,7 @@ def end(child: Child, *, term_s: float, kill_s: float = 5.0) -> bool:
             return False
         signal.pidfd_send_signal(pidfd, signal.SIGKILL)
         if not _gone(pidfd, kill_s):
-            raise DeadlinePassed(f"end of the {child.name}, pid {child.pid}", kill_s)
+            raise DeadlinePassed(f"end of the {child.name}, pid {child.pid}", within_s=kill_s)
         return True
     except ProcessLookupError:
         return False

@@ -1,0 +1,298 @@
+"""The daemon of one machine: store, control, node, API, and the two processes beside it (zygote, ingress).
+
+Built top to bottom in `start`, closed bottom to top in `stop`; every closer runs whatever the one before it raised,
+and all their errors come back as one group. Nothing here decides: it chooses adapters and owns lifetimes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import random
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import msgspec
+from prometheus_client import CollectorRegistry
+from structlog import get_logger
+
+from penstock import __version__
+from penstock.api.app import build
+from penstock.api.front import Front
+from penstock.api.roster import Roster
+from penstock.control.controller import Controller
+from penstock.core.clock import SystemClock
+from penstock.core.crew import Crew
+from penstock.core.deadlines import within
+from penstock.feed.local import LocalReports, LocalSource
+from penstock.feed.server import FeedServer
+from penstock.feed.view import View
+from penstock.model import keys
+from penstock.model.ids import NodeId
+from penstock.model.sandbox import Isolation, SandboxSpec, SandboxStatus
+from penstock.model.team import ApiKey, Team, TeamLimits
+from penstock.model.template import Build, Template
+from penstock.node.means import NodeSettings
+from penstock.node.node import Closing, Machine, Node
+from penstock.node.samples import Samples
+from penstock.run import children, furnish, metrics
+from penstock.run.datafolder import DataFolder
+from penstock.run.edges import Edges
+from penstock.run.front_server import FrontServer
+from penstock.run.settings import OnStop, Settings, host_port
+from penstock.store.sqlite import SqliteLog
+from penstock.store.store import Store
+
+log = get_logger("daemon")
+
+T = TypeVar("T")
+Say = Callable[[str], None]
+
+NODE: Final = NodeId("local")
+FEED_PREFIXES: Final = (keys.SANDBOX_SPEC, keys.SANDBOX_STATUS)  # what the ingress may read
+CLOSER_S: Final = 20.0  # bound of each closer but the drain, which has its own
+BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
+
+
+class Daemon:
+    """`say` gets a line of progress at a time. After `start` the addresses are in `api_url` and `ingress_url`."""
+
+    def __init__(self, settings: Settings, folder: DataFolder, say: Say) -> None:
+        self.settings, self.folder, self._say = settings, folder, say
+        self.api_url = self.ingress_url = self.tls_url = self.ca_file = ""
+        self.failed = asyncio.Event()  # a part of the daemon itself ended: stop, keeping sandboxes, and restart
+        self._failure: BaseException | None = None
+        self._ready = False
+        self.stopping = False
+        self._clock = SystemClock()
+        self._rng = random.SystemRandom()
+        self._registry = CollectorRegistry()
+        self._crew = Crew("daemon")
+        self._closers: list[tuple[str, Callable[[OnStop], Awaitable[None]]]] = []
+
+    async def start(self, *, serve: bool = True) -> None:
+        """Everything up, or an error with everything closed again (sandboxes of an earlier daemon live on).
+
+        Without `serve` only what owns sandboxes comes up, no API and no ingress: enough to clear what was left.
+        """
+        try:
+            await self._start_owner()
+            if serve:
+                await self._start_faces()
+        except BaseException:
+            with contextlib.suppress(BaseExceptionGroup):
+                await self.stop(OnStop.KEEP)
+            raise
+
+    async def _start_owner(self) -> None:
+        self.folder.lock()
+        self._closes("lock", lambda _: _done(self.folder.unlock))
+        # A dead daemon's ingress is ours to end, also when we never start one.
+        self._ingress = children.find("ingress", self.folder.ingress_file)
+        self._closes("ingress", self._close_ingress)
+        self._store = Store(SqliteLog(self.folder.store), self._clock)
+        await self._store.open()
+        self._closes("store", lambda _: self._store.close())
+        await self._crew.__aenter__()
+        self._closes("tasks", lambda _: self._end_tasks())
+        self._source = LocalSource(self._store)
+
+        layer = await furnish.base_layer(self.folder, self._say)
+        await furnish.first_records(self._store, self._clock, self._rng, self.folder, layer)
+
+        self._edges = Edges(self.settings, self.folder)
+        await self._edges.open(self._say)
+        self._closes("zygote and edges", self._close_edges)
+        await self._start_node()
+        self._closes("node", self._close_node)
+
+    async def _start_faces(self) -> None:
+        self._front = FrontServer(*host_port(self.settings.api, field="api"))
+        self.api_url = self._front.url
+        self._closes("API", lambda _: self._front.stop())
+        controller = Controller(store=self._store, source=self._source, clock=self._clock, rng=self._rng)
+        await controller.open(self._crew)
+        await self._start_ingress()
+        await self._start_front()
+        self._announce()
+        self._ready = True
+
+    async def stop(self, on_stop: OnStop) -> list[str]:
+        """Close everything, last opened first, each within its bound. Returns what was forced, a line each.
+
+        Raises one ExceptionGroup with all closers' errors when any failed; the others have run all the same.
+        """
+        self._ready, self.stopping = False, True
+        self.folder.daemon_file.unlink(missing_ok=True)
+        errors: list[Exception] = []
+        while self._closers:
+            name, close = self._closers.pop()
+            try:
+                await close(on_stop)
+            except Exception as error:
+                error.add_note(f"while closing the {name}")
+                errors.append(error)
+        if errors:
+            raise ExceptionGroup("the daemon did not close cleanly", errors)
+        return []
+
+    def escalate(self) -> None:
+        """Turn a drain under way into force. A no-op otherwise."""
+        self._node.force("the operator asked again")
+
+    @property
+    def failure(self) -> BaseException | None:
+        return self._failure
+
+    # ---- parts --------------------------------------------------------------------------------------------------
+
+    async def _start_node(self) -> None:
+        settings = self.settings
+        self._node = Node(
+            settings=NodeSettings(
+                id=NODE,
+                installation=self.folder.installation,
+                slot_count=settings.slots_max,
+                slots_ready=settings.slots_ready,
+                disks_ready=settings.slots_ready,
+                starts_running_max=settings.starts_max,
+                starts_waiting_max=settings.starts_waiting_max,
+            ),
+            ports=self._edges.ports,
+            source=self._source,
+            reports=LocalReports(self._store, by="node", rng=self._rng),
+            clock=self._clock,
+            rng=self._rng,
+            machine=Machine(
+                boot_id=BOOT_ID.read_text().strip(),
+                cpu_count=os.cpu_count() or 1,
+                memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+                isolation=(Isolation.NAMESPACE.value,),
+            ),
+            token_seed=self.folder.seed,
+        )
+        await self._node.open()
+        self._crew.spawn(self._watch("node", self._node.run()), name="node")
+        metrics.NodeCollector(self._registry, self._node.statistics)
+        self._crew.spawn(metrics.measure_lag(self._registry), name="loop lag")
+
+    async def _start_front(self) -> None:
+        views = await self._views()
+        roster = Roster(views["specs"], views["statuses"])
+        samples = Samples(
+            cgroups=self._edges.ports.cgroups,
+            disks=self._edges.ports.disks,
+            clock=self._clock,
+            living=self._node.living,
+            disk_name=self._node.disk_name,
+            run_dirs=str(self.folder.run / "sb"),
+        )
+        self._crew.spawn(samples.run(), name="samples")
+        front = Front(
+            store=self._store,
+            roster=roster,
+            templates=views["templates"],
+            builds=views["builds"],
+            keys=views["keys"],
+            teams=views["teams"],
+            measurements=samples,
+            clock=self._clock,
+            rng=self._rng,
+            seed=self.folder.seed,
+            domain=self._domain(),
+            admin_token=self.folder.admin_token,
+            limits=TeamLimits(
+                sandboxes_max=self.settings.team_sandboxes_max, timeout_s_max=self.settings.team_timeout_s_max
+            ),
+        )
+        self._front.start(build(front, self._registry, ready=lambda: self._ready), self._crew)
+
+    async def _views(self) -> dict[str, View[Any]]:
+        kinds: dict[str, tuple[str, type[Any]]] = {
+            "specs": (keys.SANDBOX_SPEC, SandboxSpec),
+            "statuses": (keys.SANDBOX_STATUS, SandboxStatus),
+            "templates": (keys.TEMPLATE, Template),
+            "builds": (keys.BUILD, Build),
+            "keys": (keys.API_KEY, ApiKey),
+            "teams": (keys.TEAM, Team),
+        }
+        views: dict[str, View[Any]] = {}
+        for name, (prefix, kind) in kinds.items():
+            views[name] = View(self._source, prefix, msgspec.json.Decoder(kind).decode)
+            await views[name].start(self._crew)
+        return views
+
+    async def _start_ingress(self) -> None:
+        self._feed = FeedServer(self._source, self.folder.feed_socket, prefixes=FEED_PREFIXES)
+        await self._feed.serve(self._crew)
+        file, settings = self.folder.ingress_file, self.settings
+        child = self._ingress
+        if child is None:
+            self._say("starting the ingress")
+            argv = ["--data", str(self.folder.path), "--listen", settings.ingress, "--tls", settings.tls]
+            argv += ["--domain", settings.domain]
+            if settings.tls_cert:
+                argv += ["--cert", settings.tls_cert, "--key", settings.tls_key]
+            child = await children.start(
+                "ingress",
+                children.module("penstock.run.ingress", *argv),
+                pid_file=file,
+                log=self.folder.run / "ingress.log",
+            )
+        else:
+            self._say(f"taking over the running ingress, pid {child.pid}")
+        self._ingress = child
+        told = json.loads(file.read_text())
+        self.ingress_url, self.tls_url = told["url"], told.get("tls_url", "")
+        self.ca_file = told.get("ca_file", "")
+
+    def _domain(self) -> str:
+        """The domain that SDKs append to `<port>-<id>.`, with the TLS listener's port unless it is 443."""
+        _, _, port = self.tls_url.rpartition(":")
+        return self.settings.domain if port in ("", "443") else f"{self.settings.domain}:{port}"
+
+    def _announce(self) -> None:
+        children.announce(
+            self.folder.daemon_file,
+            version=__version__,
+            installation=self.folder.installation,
+            api_url=self.api_url,
+            ingress_url=self.ingress_url,
+            tls_url=self.tls_url,
+        )
+
+    # ---- closers ------------------------------------------------------------------------------------------------
+
+    def _closes(self, name: str, close: Callable[[OnStop], Awaitable[None]]) -> None:
+        self._closers.append((name, close))
+
+    async def _close_node(self, on_stop: OnStop) -> None:
+        await self._node.close(Closing(on_stop.value), within_s=self.settings.drain_s)
+
+    async def _close_ingress(self, on_stop: OnStop) -> None:
+        if on_stop is not OnStop.KEEP and self._ingress is not None:
+            await asyncio.to_thread(children.end, self._ingress, term_s=CLOSER_S)
+            self.folder.ingress_file.unlink(missing_ok=True)
+
+    async def _close_edges(self, on_stop: OnStop) -> None:
+        await self._edges.close(destroy=on_stop is not OnStop.KEEP)
+
+    async def _end_tasks(self) -> None:
+        self._crew.cancel_all()
+        async with within(CLOSER_S, "the end of the daemon's tasks"):
+            await self._crew.__aexit__(None, None, None)
+
+    async def _watch(self, name: str, part: Awaitable[None]) -> None:
+        try:
+            await part
+        except Exception as error:
+            log.error("a part of the daemon failed", part=name, exc_info=error)
+            self._failure = error
+            self.failed.set()
+
+
+async def _done(function: Callable[[], None]) -> None:
+    function()

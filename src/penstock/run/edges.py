@@ -1,0 +1,89 @@
+"""The Linux adapters of one node, chosen and wired in one place, and the zygote beside them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final
+
+from penstock.node.linux.cgroups import LinuxCgroups
+from penstock.node.linux.disks import LinuxDisks
+from penstock.node.linux.files import LinuxFiles
+from penstock.node.linux.launcher import ZygoteLauncher
+from penstock.node.linux.network import LinuxNetwork
+from penstock.node.linux.zygote_client import ZygoteClient
+from penstock.node.ports import Ports
+from penstock.node.ruleset import GATEWAY
+from penstock.run import children
+from penstock.run.datafolder import DataFolder
+from penstock.run.settings import Settings
+
+THREADS: Final = 8  # blocking system calls of launches and disks; two cores do not need more
+ZYGOTE_TERM_S: Final = 2.0
+
+
+class Edges:
+    """`open` before use; `close(destroy=True)` also ends the zygote and removes what belongs to no sandbox."""
+
+    def __init__(self, settings: Settings, folder: DataFolder) -> None:
+        self._settings, self._folder = settings, folder
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="kernel")
+        self._zygote: children.Child | None = None
+        installation = folder.installation
+        client = ZygoteClient(str(folder.zygote_socket))
+        cgroups = LinuxCgroups(installation)
+        self.ports = Ports(
+            launcher=ZygoteLauncher(
+                client=client,
+                open_cgroups=cgroups.doors,
+                threads=self._threads,
+                nameserver=GATEWAY,
+                rng=random.SystemRandom(),
+            ),
+            cgroups=cgroups,
+            network=LinuxNetwork(
+                installation=installation,
+                data=str(folder.path),
+                router_path=str(folder.router),
+                make_userns=client.create_userns,
+                slots=settings.slots_max,
+                network=settings.network_cidr,
+                uplink=settings.uplink,
+                allow_private_egress=settings.allow_private_egress,
+            ),
+            disks=LinuxDisks(folder=str(folder.disks), threads=self._threads),
+            files=LinuxFiles(records=str(folder.path / "records"), run=str(folder.run / "sb")),
+        )
+        self._cgroups = cgroups
+
+    async def open(self, say: Callable[[str], None]) -> None:
+        """The zygote runs and our cgroups exist. A zygote of an earlier daemon is taken over."""
+        await self._cgroups.open()
+        self._zygote = children.find("zygote", self._folder.zygote_file)
+        if self._zygote is not None:
+            say(f"taking over the running zygote, pid {self._zygote.pid}")
+            return
+        say("starting the zygote")
+        self._zygote = await children.start(
+            "zygote",
+            children.module("penstock.run.zygote", str(self._folder.path)),
+            pid_file=self._folder.zygote_file,
+            log=self._folder.run / "zygote.log",
+        )
+
+    async def close(self, *, destroy: bool) -> None:
+        """Idempotent. With `destroy`, our cgroup folders go too, and the zygote."""
+        await self.ports.launcher.close()
+        if destroy and self._zygote is not None:
+            children.end(self._zygote, term_s=ZYGOTE_TERM_S)
+            self._folder.zygote_file.unlink(missing_ok=True)
+            self._folder.zygote_socket.unlink(missing_ok=True)
+        await self._cgroups.close(destroy=destroy)
+        self._threads.shutdown(wait=True)
+
+
+def read_only_ports(folder: DataFolder) -> Ports:
+    """The same adapters for looking only: no zygote, no thread at work, nothing opened or made."""
+    edges = Edges(Settings(data=str(folder.path), uplink=False), folder)
+    return edges.ports

@@ -1,0 +1,42 @@
+"""`penstock leaks`: kernel against records, with or without a daemon. Exit code 0: nothing leaked, 1: something did."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Final
+
+from penstock.cli.show import as_json, table
+from penstock.node.reap import Leak, find_leaks
+from penstock.run.datafolder import DataFolder
+from penstock.run.down import NotAnInstallation
+from penstock.run.edges import read_only_ports
+
+LOOKS: Final = 3
+PAUSE_S: Final = 0.3
+
+
+def main(data: Path, *, json: bool) -> int:
+    folder = DataFolder(str(data))
+    if not folder.exists:
+        raise NotAnInstallation("no installation", which=str(data), now="name its folder with --data")
+    found = look(folder)
+    if json:
+        as_json([{"kind": leak.kind, "name": leak.name, "why": leak.why} for leak in found])
+    elif found:
+        table(["KIND", "NAME", "WHY"], [[leak.kind, leak.name, leak.why] for leak in found], empty="")
+    else:
+        print("no leaks")
+    return 1 if found else 0
+
+
+def look(folder: DataFolder) -> list[Leak]:
+    """Findings that several looks in a row agree on: a daemon at work has moments between record and object."""
+    ports = read_only_ports(folder)
+    found = set(find_leaks(ports))
+    for _ in range(LOOKS - 1):
+        if not found:
+            break
+        time.sleep(PAUSE_S)
+        found &= set(find_leaks(ports))
+    return sorted(found)

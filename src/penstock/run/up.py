@@ -1,0 +1,143 @@
+"""`penstock up`: the daemon in the foreground. Says what it does, prints what the SDKs need, stops as it was told.
+
+On a terminal stopping drains (bounded); as a service it keeps sandboxes, ingress and zygote, and the last line says
+what goes on running. A second signal escalates a drain to force.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+from collections.abc import AsyncIterator
+from typing import Any
+
+import uvloop
+
+from penstock.run import door, logs
+from penstock.run.daemon import Daemon
+from penstock.run.datafolder import DataFolder
+from penstock.run.settings import OnStop, Settings
+
+
+def main(settings: Settings) -> int:
+    """Run until told to stop. Exit code 0: a clean stop with nothing forced."""
+    logs.configure(settings.log_level)
+    return uvloop.run(_Up(settings).run())
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+class _Up:
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._folder = DataFolder(settings.data).open()
+        self._daemon = Daemon(settings, self._folder, say)
+        self._orders: asyncio.Queue[OnStop] = asyncio.Queue()
+        self._stopped: asyncio.Future[int] | None = None
+
+    async def run(self) -> int:
+        self._stopped = asyncio.get_running_loop().create_future()
+        self._watch_signals()
+        starting = asyncio.ensure_future(self._daemon.start())
+        ordered = asyncio.ensure_future(self._orders.get())
+        await asyncio.wait((starting, ordered), return_when=asyncio.FIRST_COMPLETED)
+        if not starting.done():
+            starting.cancel()
+            await asyncio.wait((starting,))
+            say("stopped before it was ready")
+            return 1
+        starting.result()
+        server = await door.serve(self._folder.door_socket, self._answer)
+        try:
+            self._greet()
+            return await self._until_stopped(ordered)
+        finally:
+            server.close()
+            self._folder.door_socket.unlink(missing_ok=True)
+
+    async def _until_stopped(self, ordered: asyncio.Future[OnStop]) -> int:
+        failed = asyncio.ensure_future(self._daemon.failed.wait())
+        await asyncio.wait((ordered, failed), return_when=asyncio.FIRST_COMPLETED)
+        failed.cancel()
+        on_stop = ordered.result() if ordered.done() else OnStop.KEEP
+        code = 0 if ordered.done() else 1
+        if code:
+            ordered.cancel()
+            say(f"a part of the daemon failed ({self._daemon.failure}); stopping, sandboxes go on running")
+        say(_intention(on_stop, self._settings))
+        try:
+            await self._daemon.stop(on_stop)
+        except ExceptionGroup as group:
+            code = 1
+            for error in group.exceptions:
+                say(f"stop: {'; '.join([*getattr(error, '__notes__', []), str(error)])}")
+        say(_farewell(on_stop, self._settings))
+        if self._stopped is not None and not self._stopped.done():
+            self._stopped.set_result(code)
+        await asyncio.sleep(0)  # the door's visitor, if any, is told before the loop ends
+        return code
+
+    def _watch_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._signalled)
+
+    def _signalled(self) -> None:
+        on_stop = self._settings.on_stop or (OnStop.DRAIN if sys.stdin.isatty() else OnStop.KEEP)
+        if self._orders.qsize() or self._daemon.stopping:
+            say("again: forcing")
+            self._daemon.escalate()
+        else:
+            self._orders.put_nowait(on_stop)
+
+    async def _answer(self, asked: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+        """The back door: `{"stop": keep|drain|force}` is answered when the daemon has stopped."""
+        try:
+            on_stop = OnStop(asked["stop"])
+        except (KeyError, ValueError):
+            yield {"error": f"not understood: {asked}"}
+            return
+        yield {"note": _intention(on_stop, self._settings)}
+        if self._daemon.stopping and on_stop is OnStop.FORCE:
+            self._daemon.escalate()
+        self._orders.put_nowait(on_stop)
+        assert self._stopped is not None
+        code = await asyncio.shield(self._stopped)
+        yield {"done": code, "note": _farewell(on_stop, self._settings)}
+
+    def _greet(self) -> None:
+        daemon = self._daemon
+        say("")
+        for name, value in (
+            ("E2B_API_URL", daemon.api_url),
+            ("E2B_SANDBOX_URL", daemon.ingress_url),
+            ("E2B_VOLUME_API_URL", daemon.api_url),
+            ("E2B_API_KEY", self._folder.api_key),
+        ):
+            say(f"export {name}={value}")
+        say("")
+        if daemon.tls_url:
+            by = f", certificates by {daemon.ca_file}" if daemon.ca_file else ""
+            say(f"TLS for https://<port>-<id>.{self._settings.domain} on {daemon.tls_url}{by}")
+        say(f"data in {self._folder.path}; print the lines above again with: penstock env --data {self._folder.path}")
+        say("ready")
+
+
+def _intention(on_stop: OnStop, settings: Settings) -> str:
+    return {
+        OnStop.KEEP: "stopping the daemon; sandboxes go on running",
+        OnStop.DRAIN: f"draining: sandboxes have {settings.drain_s:.0f} s, then they are forced",
+        OnStop.FORCE: "forcing: sandboxes are killed now",
+    }[on_stop]
+
+
+def _farewell(on_stop: OnStop, settings: Settings) -> str:
+    if on_stop is OnStop.KEEP:
+        return (
+            "stopped. Sandboxes, ingress and zygote go on running; "
+            f"end them with: penstock down --data {settings.data} --force"
+        )
+    return "stopped. Nothing of this installation is running"
