@@ -119,6 +119,7 @@ async def create(
 
     on_launch()
     process = await take(evict.PROCESS, launch)
+    steps.ms.update((f"launch.{step}", round(took_ms, 3)) for step, took_ms in process.steps_ms.items())
     return Created(
         process=process,
         slot=number,

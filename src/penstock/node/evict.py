@@ -35,6 +35,7 @@ class Undo:
     def __init__(self, sandbox: str, means: Means) -> None:
         self.sandbox, self._means = sandbox, means
         self.process: Process | None = None
+        self.identity: tuple[int, int] | None = None  # (pid, start ticks) of this boot, where only the record knows it
 
     async def of(self, label: str) -> None:
         """Undo `label` and verify it. Raises what the port raised, or DeadlinePassed naming the step."""
@@ -60,6 +61,9 @@ class Undo:
         """Kill everything in the cgroup, and pid 1 by its descriptor should it have left; then see it gone."""
         await self._means.ports.cgroups.kill(cgroup_name(self.sandbox), within_s=self._within_s)
         process = self.process
+        if process is None and self.identity is not None:
+            # An emptied cgroup proves nothing about a process that was moved out of it (sim seed 208).
+            process = self._means.ports.launcher.adopt(*self.identity)
         if process is None:
             return
         if process.alive():

@@ -132,6 +132,13 @@ class Node:
         self._started_at = self._clock.wall()
         await self.ports.network.open()
         await self._crew.__aenter__()
+        try:
+            await self._open()
+        except BaseException:
+            await self._crew.__aexit__(None, None, None)
+            raise
+
+    async def _open(self) -> None:
         self._means = self._make_means()
         before = await self._statuses_before()
         self._sync = Sync(
@@ -171,6 +178,21 @@ class Node:
                 await self._empty(closing, within_s)
         finally:
             await self._leave(closing)
+
+    def force(self, because: str) -> None:
+        """End every sandbox now: turns a drain under way into force. Returns at once; `close` waits for the end."""
+        for supervisor in list(self._sync.supervisors.values()):
+            supervisor.kill(KillReason.NODE_SHUTDOWN, because)
+
+    def living(self) -> list[SandboxSpec]:
+        """Specs of the sandboxes that serve here now, as far as their specs were seen."""
+        found = (self._sync.spec(sandbox) for sandbox, one in self._sync.supervisors.items() if one.serving)
+        return [spec for spec in found if spec is not None]
+
+    def disk_name(self, sandbox: str) -> str:
+        """Under which name the disk of a sandbox is known to the port `Disks`."""
+        numbers = self._means.disks.owned_by(sandbox)
+        return self._means.disks.name(numbers[0]) if numbers else sandbox
 
     def statistics(self) -> NodeStatistics:
         means, tally = self._means, self._tally

@@ -11,7 +11,7 @@ Each port has one real adapter (`node/linux/`) and one simulated (`sim/kernel.py
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import msgspec
@@ -79,6 +79,10 @@ class Process(Protocol):
 
     pid: int
     start_ticks: int
+
+    @property
+    def steps_ms(self) -> Mapping[str, float]:
+        """Where its launch spent its time, in milliseconds; empty when adopted."""
 
     async def wait(self) -> int | None:
         """The wait status once it has died; None when the kernel no longer knows it. Cancellation-safe."""

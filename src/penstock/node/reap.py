@@ -22,7 +22,7 @@ DISK_RECORD: Final = "disk"
 
 
 class Leak(msgspec.Struct, frozen=True, order=True):
-    """One finding. `kind`: process, cgroup, slot, disk, run_dir or record."""
+    """One finding. `kind`: process, cgroup, slot, disk, run_dir, record; or sweep, when one could not even look."""
 
     kind: str
     name: str
@@ -48,8 +48,13 @@ class Sweeper:
 
     async def sweep(self) -> list[Leak]:
         """Remove every unrecorded object; the findings that stay: records without objects, strays, refusals."""
+        try:
+            found = find_leaks(self._ports)
+        except Exception as error:
+            # Safe: looking changes nothing, and the next sweep looks again; until then statistics say so.
+            return [Leak("sweep", "", f"could not look: {error}")]
         left: list[Leak] = []
-        for leak in find_leaks(self._ports):
+        for leak in found:
             remove = self._way(leak)
             if remove is None:
                 left.append(leak)

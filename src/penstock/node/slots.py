@@ -203,12 +203,7 @@ class Pool(Generic[T]):
             if not waiter.done():
                 waiter.set_exception(self._closed_error())
         while self._ready:
-            number = self._ready.popleft()
-            try:
-                await self._return(number)
-            except Exception:
-                # Safe: it is BROKEN now, `_mend` tries again, and we wait for that below.
-                self._crew.spawn(self._mend(number), name=f"{self.kind} {number} mend")
+            await self._discard(self._ready.popleft())
         busy = (State.MAKING, State.RETURNING) if leave_taken else _ALL_OUT
         async with within(within_s, f"the return of every {self.kind}"):
             while any(self._counts[state] for state in busy):
@@ -267,7 +262,7 @@ class Pool(Generic[T]):
         self._values[number] = value
         self._set_state(number, State.READY)
         if self._closed:
-            await self._return(number)
+            await self._discard(number)
             return
         self._offer(number)
         self._refill()
@@ -282,11 +277,7 @@ class Pool(Generic[T]):
                 waiter.set_exception(error)
                 break
         first = self._failures == 1
-        try:
-            await self._return(number)
-        except Exception:
-            # Safe: the number stays BROKEN and recorded, and `_mend` tries again until its absence is verified.
-            self._crew.spawn(self._mend(number), name=f"{self.kind} {number} mend")
+        await self._discard(number)
         if first and not self._closed:
             self._crew.spawn(self._calm(), name=f"{self.kind} pool calm")
         self._refill()
@@ -299,6 +290,14 @@ class Pool(Generic[T]):
                 number = self._free.popleft()
                 self._set_state(number, State.MAKING)
                 await self._make_one(number)
+
+    async def _discard(self, number: int) -> None:
+        """Destroy what nobody has. Where that fails, somebody keeps trying."""
+        try:
+            await self._return(number)
+        except Exception:
+            # Safe: the number stays BROKEN and recorded, and `_mend` tries again until its absence is verified.
+            self._crew.spawn(self._mend(number), name=f"{self.kind} {number} mend")
 
     async def _mend(self, number: int) -> None:
         """Retry a failed destruction for ever, each time later: the kernel object is ours to remove."""

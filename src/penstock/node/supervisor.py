@@ -136,6 +136,8 @@ class Supervisor:
                 steps_ms=pid.steps_ms,
             )
         self = cls(status, end_at=remembered.end_at, means=means, remembered=remembered)
+        if pid is not None and born.boot_id == means.boot_id:
+            self._undo.identity = (pid.pid, pid.start_ticks)
         self._ledger.adopt(
             (owned.entry for owned in remembered.owned), {label: self._way_back(label) for label in LABELS}
         )
@@ -150,6 +152,10 @@ class Supervisor:
     @property
     def status(self) -> SandboxStatus:
         return self._status
+
+    @property
+    def serving(self) -> bool:
+        return self.phase in _SERVING
 
     @property
     def settled(self) -> bool:
@@ -366,7 +372,7 @@ class Supervisor:
         """What was found of a remembered sandbox becomes its phase."""
         phase = self.phase
         if phase in (Phase.STOPPING, Phase.UNWINDING, Phase.QUARANTINED):
-            self._undo.process = verdict.process
+            self._hold(verdict.process)
             self._report()
         elif phase in _STARTING:
             self._fire(Event.FAULT, "the daemon ended during its start", verdict.reason or KillReason.START_FAILED)
@@ -379,12 +385,20 @@ class Supervisor:
         elif verdict.gone:
             event = Event.FOUND_GONE if phase is Phase.UNKNOWN else Event.DIED
             self._fire(event, verdict.because, verdict.reason or KillReason.CRASHED)
-        elif phase is not Phase.UNKNOWN:
-            self._undo.process = verdict.process
-            self._fire(Event.DOUBT, verdict.because)
+        else:
+            self._hold(verdict.process)
+            if phase is not Phase.UNKNOWN:
+                self._fire(Event.DOUBT, verdict.because)
+
+    def _hold(self, process: Process | None) -> None:
+        """Keep a handle for the release, and only one: each is a descriptor."""
+        if self._undo.process is not None and self._undo.process is not process:
+            self._undo.process.close()
+        self._undo.process = process
 
     def _take_over(self, process: Process) -> None:
-        self._process = self._undo.process = process
+        self._hold(process)
+        self._process = process
         self._means.crew.spawn(self._watch(process), name=f"{self.id} pid 1")
 
     async def _watch(self, process: Process) -> None:

@@ -79,6 +79,10 @@ class Sync:
         elif spec.node == self._means.settings.id:
             self._assigned(spec, self._seen_at())
 
+    def spec(self, sandbox: str) -> SandboxSpec | None:
+        """The newest spec seen of a supervised sandbox."""
+        return self._specs.get(sandbox)
+
     def close(self) -> None:
         """Take no further assignments: they stay bound, and the next daemon finds them."""
         self._closed = True
@@ -105,7 +109,7 @@ class Sync:
     def _assigned(self, spec: SandboxSpec, revision: int) -> None:
         supervisor = self.supervisors.get(spec.id)
         if supervisor is not None:
-            self._specs[spec.id] = spec
+            self._specs[spec.id] = spec  # kept for a restart from the record
             supervisor.update(spec, revision)
         elif self._closed or spec.id in self._ended:
             return

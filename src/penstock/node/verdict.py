@@ -27,6 +27,7 @@ def look(remembered: Remembered, ports: Ports, boot_id: str) -> Verdict:
         return Verdict(gone=True, because="the machine was started anew", reason=KillReason.REBOOT)
     if pid is None:
         return Verdict(gone=True, because="it never had a first process")
+    process: Process | None = None
     try:
         process = ports.launcher.adopt(pid.pid, pid.start_ticks)
         if process is None:
@@ -36,4 +37,4 @@ def look(remembered: Remembered, ports: Ports, boot_id: str) -> Verdict:
         return Verdict(process=process, slot=ports.network.retake(pid.slot, pid.pid))
     except Exception as error:
         # Safe: not knowing is an answer here. It is reported, never acted on, and asked again.
-        return Verdict(because=f"cannot tell: {error}")
+        return Verdict(process=process, because=f"cannot tell: {error}")

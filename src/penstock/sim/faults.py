@@ -24,6 +24,7 @@ class Rates(msgspec.Struct, frozen=True, kw_only=True):
     crash_after: tuple[int, ...] = ()  # one per life of the daemon
     clock_jumps: int = 0
     reboot: bool = False  # one of the crashes takes the kernel with it
+    stops: tuple[str, ...] = ()  # planned ends of a daemon's life, in order: keep, drain or force
 
 
 def draw_rates(rng: random.Random) -> Rates:
@@ -37,6 +38,7 @@ def draw_rates(rng: random.Random) -> Rates:
         crash_after=tuple(rng.randint(1, 160) for _ in range(rng.choice((0, 1, 1, 2, 3)))),
         clock_jumps=rng.choice((0, 0, 1, 2)),
         reboot=rng.random() < 0.15,
+        stops=tuple(rng.choice(("keep", "keep", "drain", "force")) for _ in range(rng.choice((0, 0, 1, 2)))),
     )
 
 

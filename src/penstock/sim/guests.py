@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from enum import StrEnum
+from typing import Final
 
 import msgspec
 
@@ -15,6 +16,10 @@ class Manner(StrEnum):
     STILLBORN = "stillborn"  # dies before it answers
     MORTAL = "mortal"  # dies some time after it answered
     STUBBORN = "stubborn"  # ignores SIGTERM
+    ESCAPED = "escaped"  # its first process is moved out of its cgroup by somebody
+
+
+_ODD: Final = tuple(manner for manner in Manner if manner is not Manner.PROMPT)
 
 
 class Guest(msgspec.Struct, frozen=True, kw_only=True):
@@ -35,7 +40,7 @@ class Nursery:
     def draw(self) -> Guest:
         if self._rng.random() >= self._odd:
             return _PROMPT
-        manner = self._rng.choice((Manner.SLOW, Manner.DEAF, Manner.STILLBORN, Manner.MORTAL, Manner.STUBBORN))
+        manner = self._rng.choice(_ODD)
         hello_s = self._rng.uniform(0.5, 4.0) if manner is Manner.SLOW else self._rng.uniform(0.002, 0.02)
         lives_s = self._rng.uniform(0.1, 20.0) if manner is Manner.MORTAL else float("inf")
         return Guest(manner=manner, hello_s=hello_s, lives_s=lives_s)

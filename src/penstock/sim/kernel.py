@@ -159,6 +159,7 @@ class SimProcess:
     def __init__(self, kernel: Kernel, life: Life, proc: Proc) -> None:
         self._kernel, self._life, self._proc = kernel, life, proc
         self.pid, self.start_ticks = proc.pid, proc.start_ticks
+        self.steps_ms: dict[str, float] = {}
 
     async def wait(self) -> int | None:
         await self._proc.gone.wait()
@@ -219,11 +220,15 @@ class SimLauncher:
         self._life.check()
         if not proc.alive:
             raise LaunchFailed(proc.order.sandbox, "guest hello", "pid 1 was killed")
+        if proc.guest.manner is Manner.ESCAPED:
+            proc.cgroup = None
         if proc.guest.manner is Manner.MORTAL:
             asyncio.get_running_loop().call_later(proc.guest.lives_s, self._kernel.end_process, proc)
 
     def adopt(self, pid: int, start_ticks: int) -> SimProcess | None:
         self._life.check()
+        if self._kernel.faults.fails():
+            raise OSError(errno.EMFILE, "Too many open files (simulated)")
         proc = self._kernel.processes.get(pid)
         if proc is None or proc.start_ticks != start_ticks:
             return None

@@ -125,6 +125,7 @@ class World:
             self._start(crew, self._keep_alive(), "daemon's keeper")
             self._start(crew, self._watch_expiry(), "expiry checker")
             self._start(crew, self._step_clock(), "clock steps")
+            self._start(crew, self._stop_as_planned(), "planned stops")
             clients = [self._start(crew, client.live(), f"client {client.sandbox}") for client in self._clients]
             for client in clients:
                 await client
@@ -263,6 +264,19 @@ class World:
                 if self.checkers.violations:
                     self._changed.fire()
 
+    async def _stop_as_planned(self) -> None:
+        """Ask the daemon to leave, as an operator does; the keeper then starts the next one."""
+        for how in self.rates.stops:
+            await asyncio.sleep(self.rng.uniform(2.0, 12.0))
+            daemon = self.daemon
+            if daemon is None or not daemon.up or self.faults.is_calm:
+                continue
+            self.trace.say("daemon stops", how=how)
+            daemon.asked_to_leave, daemon.up = True, False
+            closing = asyncio.get_running_loop().create_task(daemon.leave(Closing(how)), name=f"stop {how}")
+            await daemon.life.died.wait()
+            closing.add_done_callback(_seen)
+
     async def _step_clock(self) -> None:
         for _ in range(self.rates.clock_jumps):
             await asyncio.sleep(self.rng.uniform(2.0, 20.0))
@@ -309,7 +323,7 @@ class Daemon:
     """One life of the daemon: store, control and node in one process, as `run` puts them together."""
 
     def __init__(self, world: World, life: Life, settings: NodeSettings) -> None:
-        self._world, self._life = world, life
+        self._world, self.life = world, life
         self.ports = world.kernel.ports(life)
         self.store = Store(_WatchedLog(world, life), world.clock)
         self.up = False
@@ -344,10 +358,23 @@ class Daemon:
             world._changed.fire()
             await self.node.run()
 
+    async def leave(self, closing: Closing) -> None:
+        """Close as told, then die. Unless it keeps them or could not verify an end, no sandbox may be left."""
+        world = self._world
+        try:
+            await self.node.close(closing, within_s=1.0)
+            if closing is not Closing.KEEP:
+                for sandbox in [proc.order.sandbox for proc in world.kernel.processes.values()]:
+                    world.checkers.blame(f"{sandbox} lives on after {closing.value}")
+        except Exception as error:
+            world.trace.say("stop was not clean", error=type(error).__name__)
+        self.check_bugs()
+        self.life.end()
+
     def check_bugs(self) -> None:
         bugs = self.node.statistics().bugs
         if bugs:
-            raise Violation(f"supervisors raised: {bugs}")
+            self._world.checkers.blame(f"raised: {bugs}")
 
 
 class _WatchedLog:
@@ -397,6 +424,12 @@ _BUILD: Final = Build(
     layers=(Layer(digest="sha256:0", path="/sim/layers/0"),),
     created_at=0.0,
 )
+
+
+def _seen(task: asyncio.Task[None]) -> None:
+    """A stop that was cut off by a crash has nothing to say."""
+    if not task.cancelled():
+        task.exception()
 
 
 def _fork(rng: random.Random) -> random.Random:
