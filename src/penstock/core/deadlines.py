@@ -37,7 +37,7 @@ class DeadlinePassed(PenstockError, TimeoutError):
     kind = Kind.DEADLINE
     code = "deadline_passed"
 
-    def __init__(self, waited_for: str, *, within_s: float, why: str = "", retry_after_s: float | None = None) -> None:
+    def __init__(self, waited_for: str, within_s: float, *, why: str = "", retry_after_s: float | None = None) -> None:
         self.within_s = within_s
         super().__init__(
             "deadline passed", which=waited_for, why=why or f"waited {within_s:g} s", retry_after_s=retry_after_s

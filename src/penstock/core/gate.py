@@ -320,12 +320,17 @@ class Gate:
         if run.force is not None:
             await asyncio.shield(run.force)
             return
-        run.force = asyncio.get_running_loop().create_future()
-        run.force.add_done_callback(_seen)
+        force = run.force = asyncio.get_running_loop().create_future()
+        force.add_done_callback(_seen)
         # The bound is a net: every part of `_force_all` keeps its own, and none exceeds this one.
         bound_s = run.force_s + 2 * CANCEL_S
-        outcome = await settled(self._force_all(run), within_s=bound_s, what=f"the force of gate {self.name}")
-        force, run.force = run.force, None  # re-armed: the next drain forces again
+        try:
+            outcome = await settled(self._force_all(run), within_s=bound_s, what=f"the force of gate {self.name}")
+        except BaseException:
+            force.cancel()
+            raise
+        finally:
+            run.force = None  # re-armed: the next drain forces again
         if outcome.error is None:
             force.set_result(None)
         else:

@@ -164,12 +164,17 @@ class Ledger:
             await asyncio.shield(self._unwinding)
             return
         assert not self._taking, f"{self.owner} unwinds while it takes"
-        self._unwinding = asyncio.get_running_loop().create_future()
-        self._unwinding.add_done_callback(_seen)
+        finished = self._unwinding = asyncio.get_running_loop().create_future()
+        finished.add_done_callback(_seen)
         # The bound is a net: `_unwind` keeps `within_s` by itself, and what ignores it for CANCEL_S is given up.
         bound_s = within_s + 2 * CANCEL_S
-        outcome = await settled(self._unwind(within_s), within_s=bound_s, what=f"unwinding {self.owner}")
-        finished, self._unwinding = self._unwinding, None
+        try:
+            outcome = await settled(self._unwind(within_s), within_s=bound_s, what=f"unwinding {self.owner}")
+        except BaseException:
+            finished.cancel()
+            raise
+        finally:
+            self._unwinding = None
         if outcome.error is None:
             finished.set_result(None)
         else:

@@ -67,7 +67,11 @@ async def settle(aw: Awaitable[T], *, within_s: float, what: str) -> T:
 
 
 async def settled(aw: Awaitable[T], *, within_s: float, what: str) -> Outcome[T]:
-    """Like `settle`, for callers that must know how the work ended before a cancellation goes on. Never raises."""
+    """Like `settle`, for callers that must know how the work ended before a cancellation goes on.
+
+    Raises nothing, except what is no Exception (KeyboardInterrupt; a simulated process that was killed): that ends the
+    program, not the work.
+    """
     loop = asyncio.get_running_loop()
     work = loop.create_task(_bounded(aw, within_s, what), name=f"settle {what}")
     ended = Pulse()
@@ -105,11 +109,9 @@ def _error(work: asyncio.Task[T], within_s: float, what: str) -> Exception | Non
     if work.cancelled():
         return Interrupted("interrupted", which=what, why="somebody else cancelled it")
     error = work.exception()
-    if error is None or isinstance(error, Exception):
-        return error
-    broken = Interrupted("interrupted", which=what, why=repr(error))
-    broken.__cause__ = error
-    return broken
+    if error is not None and not isinstance(error, Exception):
+        raise error
+    return error
 
 
 def _abandon(work: asyncio.Task[T]) -> None:

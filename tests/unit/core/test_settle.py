@@ -134,3 +134,16 @@ async def test_an_outer_deadline_beside_an_error_leaves_no_stray_cancellation() 
         async with within(1, "the whole"):
             await settle(Work(error=ValueError("busy"))(), within_s=60, what="work")
     await asyncio.sleep(1)
+
+
+class Killed(BaseException):
+    """The end of the program, as a simulation plays it."""
+
+
+@virtual
+async def test_the_end_of_the_program_goes_straight_through() -> None:
+    async def dies() -> None:
+        raise Killed
+
+    with pytest.raises(Killed):
+        await settle(dies(), within_s=60, what="work")
