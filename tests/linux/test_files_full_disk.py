@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
 from tests.unit.guest.filesroom import open_room
 
 pytestmark = pytest.mark.root

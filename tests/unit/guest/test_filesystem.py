@@ -103,7 +103,7 @@ async def test_list_dir_walks_by_name_down_to_its_depth(room: Room) -> None:
 
     async def names(**message: object) -> list[str]:
         entries = (await room.ok("ListDir", **message))["entries"]
-        return [os.path.relpath(entry["path"], room.home) for entry in entries]
+        return [entry["path"].removeprefix(f"{room.home}/") for entry in entries]
 
     assert await names(path="") == ["a", "b", "c", "link"]
     assert await names(path=".", depth=2) == ["a", "b", "b/inner", "b/z", "c", "link"]

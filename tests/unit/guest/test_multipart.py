@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -26,7 +28,7 @@ def parse(body: bytes, cuts: list[int]) -> list[tuple[str | None, bytes]]:
     parts: list[tuple[str | None, bytes]] = []
     whole = 0
     edges = sorted({min(cut, len(body)) for cut in cuts} | {0, len(body)})
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in pairwise(edges):
         for event in parser.feed(body[start:stop]):
             match event:
                 case PartBegin(filename=name):
