@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 import socket
@@ -277,6 +278,36 @@ async def test_large_answers_pass_a_host_with_a_smaller_mtu(network: LinuxNetwor
         while len(received) < 60_000:
             received += await asyncio.to_thread(conn.recv, 1 << 16)
     assert received.replace(f"{HOST} ".encode(), b"") == blob[:60_000]
+
+
+def udp_error(fd: int, address: str, size: int = 10, *, probe: bool = False) -> int:
+    """The errno the sandbox's kernel reports for a datagram to `address`; 0 when none comes within half a second."""
+    with inside(fd, lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as sock:
+        if probe:
+            sock.setsockopt(socket.IPPROTO_IP, 10, 2)  # IP_MTU_DISCOVER: don't fragment
+        sock.settimeout(0.5)
+        sock.connect((address, 9))
+        try:
+            sock.send(bytes(size))
+            sock.recv(10)
+        except TimeoutError:
+            return 0
+        except OSError as error:
+            return error.errno or 0
+    return 0
+
+
+async def test_a_refused_datagram_is_reported_to_its_sender(network: LinuxNetwork) -> None:
+    slot = await open_slot(network, 0)
+    assert udp_error(slot.netns_fd, METADATA) == errno.EHOSTUNREACH  # administratively prohibited
+    assert udp_error(slot.netns_fd, SERVER) == errno.ECONNREFUSED  # by the server itself: nobody listens
+
+
+async def test_a_sandbox_learns_that_its_packet_was_too_big(network: LinuxNetwork, lab: Lab) -> None:
+    slot = await open_slot(network, 0)
+    run(lab.host, "ip", "link", "set", "eth0", "mtu", "1300")  # smaller than what the slot was made for
+    assert udp_error(slot.netns_fd, SERVER, 1350, probe=True) == errno.EMSGSIZE
+    assert "mtu 1300" in run(slot.netns_fd, "ip", "route", "get", SERVER)
 
 
 async def test_a_destroyed_slot_leaves_nothing(network: LinuxNetwork) -> None:

@@ -20,6 +20,7 @@ GATEWAY: Final = "10.200.0.1"  # the router, in every sandbox; its DNS proxy ans
 UPLINK: Final = "up0"  # the router's end of the pair to the host
 LINK_PREFIX: Final = "vs"  # + slot number: the router's end of a slot's pair
 
+CHAIN_QUOTE: Final = "quote"  # gets its rules by hand, see node.linux.expressions
 SET_OUTER: Final = "outer"  # link name -> outer address: translation, and proof of who sends
 SET_INNER: Final = "inner"  # outer addresses that exist
 SET_OPEN: Final = "open"  # slots that may reach the internet
@@ -113,6 +114,9 @@ table inet {table} {{
     type filter hook postrouting priority 350; policy accept;
     oifname "{link}*" ip daddr set {inner_address}
   }}
+  chain {quote} {{
+    type filter hook postrouting priority 351; policy accept;
+  }}
 }}
 """
 
@@ -142,6 +146,7 @@ def router_text() -> str:
     """The whole ruleset of the router namespace, replacing any former one in one transaction."""
     return _TEXT.format(
         table=TABLE,
+        quote=CHAIN_QUOTE,
         link=LINK_PREFIX,
         uplink=UPLINK,
         gateway=GATEWAY,

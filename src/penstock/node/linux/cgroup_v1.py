@@ -94,6 +94,9 @@ class V1:
     def names(self) -> set[str]:
         return set().union(*(tree.children(self._parent) for tree in self._distinct))
 
+    def has(self, leaf: str) -> bool:
+        return any(tree.exists(self._parent, leaf) for tree in self._distinct)
+
     def pids(self, leaf: str) -> set[int]:
         """Of every process in any of its directories. Raises FileNotFoundError when it has none."""
         found: set[int] = set()

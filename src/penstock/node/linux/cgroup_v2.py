@@ -79,6 +79,9 @@ class V2:
     def names(self) -> set[str]:
         return self._tree.children(self._parent)
 
+    def has(self, leaf: str) -> bool:
+        return self._tree.exists(self._parent, leaf)
+
     def pids(self, leaf: str) -> set[int]:
         found = set(pid_list(self._tree.read(self._parent, leaf, "cgroup.procs")))
         for child in self._tree.children(self._parent, leaf):

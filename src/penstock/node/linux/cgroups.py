@@ -160,7 +160,7 @@ class LinuxCgroups:
     def _create(self, name: str, limits: Limits) -> None:
         if not self._prepared:
             self._prepare()
-        if name in self.list_names():
+        if any(side.has(name) for side in self._sides()):
             raise FileExistsError(errno.EEXIST, "cgroup exists", name)
         try:
             for side in self._sides():
@@ -189,7 +189,7 @@ class LinuxCgroups:
     def _remove_now(self, name: str) -> None:
         for side in self._sides():
             side.remove(name)
-        if name in self.list_names():
+        if any(side.has(name) for side in self._sides()):
             raise OSError(errno.EBUSY, "cgroup is still there", name)
 
     async def _set_frozen(self, name: str, frozen: bool, within_s: float) -> None:

@@ -15,6 +15,7 @@ from typing import Final, NamedTuple
 from penstock.node.linux.absent import is_absent
 from penstock.node.linux.netlink import (
     NETLINK_NETFILTER,
+    NLM_F_APPEND,
     NLM_F_CREATE,
     Message,
     Netlink,
@@ -30,8 +31,12 @@ _SUBSYSTEM_NFTABLES: Final = 10
 _NEW_ELEMENT: Final = _SUBSYSTEM_NFTABLES << 8 | 12
 _GET_ELEMENT: Final = _SUBSYSTEM_NFTABLES << 8 | 13
 _DELETE_ELEMENT: Final = _SUBSYSTEM_NFTABLES << 8 | 14
+_NEW_RULE: Final = _SUBSYSTEM_NFTABLES << 8 | 6
 _FAMILY_INET: Final = 1
 
+_RULE_TABLE: Final = 1  # NFTA_RULE_*
+_RULE_CHAIN: Final = 2
+_RULE_EXPRESSIONS: Final = 4
 _LIST_TABLE: Final = 1  # NFTA_SET_ELEM_LIST_*
 _LIST_SET: Final = 2
 _LIST_ELEMENTS: Final = 3
@@ -108,6 +113,13 @@ class NfTables:
                 if kind == _LIST_ELEMENTS:
                     found += [_element(each) for _, each in attributes(value)]
         return found
+
+    def add_rule(self, chain: str, expressions: Iterable[bytes], what: str) -> None:
+        """Append a rule made of packed expressions: for what the program's language cannot say."""
+        body = _head(_FAMILY_INET) + attribute(_RULE_TABLE, self._table)
+        body += attribute(_RULE_CHAIN, chain.encode() + b"\0") + nested(_RULE_EXPRESSIONS, *expressions)
+        message = Message(_NEW_RULE, NLM_F_CREATE | NLM_F_APPEND, body, what)
+        self._netlink.batch([message], _mark(_BATCH_BEGIN), _mark(_BATCH_END))
 
     def flush_connections(self, address: str) -> None:
         """Forget every tracked connection from or to `address`. None is success. Needs Linux 5.8 (filter by source)."""

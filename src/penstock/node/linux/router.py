@@ -16,12 +16,13 @@ from typing import Final
 
 from penstock.core.errors import PenstockError
 from penstock.node import ruleset
-from penstock.node.linux import links, netns
+from penstock.node.linux import expressions, links, netns
 from penstock.node.linux.netlink import NETLINK_ROUTE, Netlink
 from penstock.node.linux.nftables import NfTables
 
 _LO_INDEX: Final = 1
 _NFT_S: Final = 20.0
+_ICMP_ERRORS: Final = (3, 11)  # destination unreachable (too big, refused), time exceeded
 
 # Within the router: it forwards, and believes no source address less for the way it came (the inner address of every
 # slot is the same, so reverse-path filtering would refuse all of them; the ruleset proves the sender instead).
@@ -83,8 +84,7 @@ class Router:
             found = self._make()
         elif self._digest() != ruleset.router_digest():
             netns.enter(found)
-            load_rules(ruleset.router_text())  # drops every element: slots are closed until their rules are applied
-            self._note_digest()
+            self._load()  # drops every element: slots are closed until their rules are applied
         self.fd = found
 
     def close(self) -> None:
@@ -115,8 +115,7 @@ class Router:
                 )
             finally:
                 route.close()
-            load_rules(ruleset.router_text())
-            self._note_digest()
+            self._load()
             netns.keep(fd, self.path)
         except BaseException:
             os.close(fd)
@@ -124,14 +123,22 @@ class Router:
         self.made = True
         return fd
 
+    def _load(self) -> None:
+        load_rules(ruleset.router_text())
+        tables = NfTables(ruleset.TABLE)
+        try:
+            for icmp_type in _ICMP_ERRORS:
+                rule = expressions.quote_inner(ruleset.LINK_PREFIX, ruleset.INNER_ADDRESS, icmp_type)
+                tables.add_rule(ruleset.CHAIN_QUOTE, rule, "rule for quoted packets")
+        finally:
+            tables.close()
+        Path(self.path + ".rules").write_text(ruleset.router_digest() + "\n")
+
     def _digest(self) -> str:
         try:
             return Path(self.path + ".rules").read_text().strip()
         except OSError:
             return ""
-
-    def _note_digest(self) -> None:
-        Path(self.path + ".rules").write_text(ruleset.router_digest() + "\n")
 
 
 def load_rules(text: str) -> None:
