@@ -10,6 +10,7 @@ import ast
 import fnmatch
 import textwrap
 from collections.abc import Iterator
+from functools import cache
 
 from .source import PACKAGE, Module, modules, report, toml
 
@@ -48,7 +49,12 @@ INSTEAD = {
 MODULES = {"time", "datetime", "uuid", "os", "random", "secrets", "asyncio"}
 
 
-def uses(module: Module) -> Iterator[tuple[str, int]]:
+@cache
+def uses(module: Module) -> tuple[tuple[str, int], ...]:
+    return tuple(_uses(module))
+
+
+def _uses(module: Module) -> Iterator[tuple[str, int]]:
     """Every ambient name the module refers to, with its line. `import x as y` and `from x import y` are followed."""
     aliases: dict[str, str] = {}  # local name -> dotted
     for node in ast.walk(module.tree):
