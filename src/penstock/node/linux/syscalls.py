@@ -37,7 +37,6 @@ MOUNT_ATTR_NOEXEC: Final = 0x8
 MOUNT_ATTR_NOATIME: Final = 0x10
 MOUNT_ATTR_IDMAP: Final = 0x0010_0000
 
-PR_SET_DUMPABLE: Final = 4
 PR_SET_NAME: Final = 15
 PR_SET_SECCOMP: Final = 22
 PR_CAPBSET_DROP: Final = 24
@@ -61,6 +60,7 @@ _FSCONFIG_SET_FLAG: Final = 0
 _FSCONFIG_SET_STRING: Final = 1
 _FSCONFIG_CMD_CREATE: Final = 6
 _MOVE_MOUNT_F_EMPTY_PATH: Final = 0x4
+_MOVE_MOUNT_T_EMPTY_PATH: Final = 0x40
 _SIGCHLD: Final = 17
 _LINUX_CAPABILITY_VERSION_3: Final = 0x2008_0522
 
@@ -133,6 +133,12 @@ def prctl(option: int, argument: int = 0, argument2: int = 0) -> int:
     return _check(_libc.prctl(option, argument, argument2, 0, 0), "prctl", str(option))
 
 
+def set_name(name: bytes) -> None:
+    """The short name of the calling process: its first 15 bytes."""
+    buffer = ctypes.create_string_buffer(name[:15])
+    prctl(PR_SET_NAME, ctypes.addressof(buffer))
+
+
 def set_fs_ids(uid: int, gid: int) -> None:
     """The ids that new files get. Clears the effective file capabilities when `uid` is not 0: see `capset`."""
     _libc.setfsgid(gid)
@@ -187,11 +193,11 @@ def open_tree(path: str, *, dir_fd: int = _AT_FDCWD, recursive: bool = False) ->
     return int(_check(result, "open_tree", path))
 
 
-def move_mount(fd: int, target: str) -> None:
-    """Attach the detached mount `fd` at `target`."""
-    flags = _long(_MOVE_MOUNT_F_EMPTY_PATH)
-    result = _libc.syscall(_long(_SYS_MOVE_MOUNT), _long(fd), b"", _long(_AT_FDCWD), target.encode(), flags)
-    _check(result, "move_mount", target)
+def move_mount(fd: int, target: str, *, dir_fd: int = _AT_FDCWD) -> None:
+    """Attach the detached mount `fd` at `target`; with `target` empty, on the directory `dir_fd` itself."""
+    flags = _MOVE_MOUNT_F_EMPTY_PATH | (0 if target else _MOVE_MOUNT_T_EMPTY_PATH)
+    numbers = (_long(_SYS_MOVE_MOUNT), _long(fd), b"", _long(dir_fd), target.encode(), _long(flags))
+    _check(_libc.syscall(*numbers), "move_mount", target)
 
 
 def set_mount(fd: int, attributes: int, *, userns_fd: int = -1) -> None:
