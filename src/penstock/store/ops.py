@@ -14,6 +14,7 @@ OPS_MAX: Final = 128  # per commit
 KEY_BYTES_MAX: Final = 512
 KEY_DEPTH_MAX: Final = 8  # slashes; each costs one entry in the index
 VALUE_BYTES_MAX: Final = 1024 * 1024
+COMMIT_BYTES_MAX: Final = 4 * 1024 * 1024  # keys and values of one commit; a feed's frame must hold a revision
 LABELS_MAX: Final = 8
 LABEL_CHARS_MAX: Final = 256
 LEASE_NONE: Final = 0
@@ -74,6 +75,8 @@ def check_ops(ops: Sequence[Op]) -> int:
             _check_put(op)
         elif op.expect == 0:
             raise Invalid(op.key, "a deletion cannot expect that the record is absent")
+    if size_bytes > COMMIT_BYTES_MAX:
+        raise Invalid("ops", f"a commit of {size_bytes} bytes, allowed are {COMMIT_BYTES_MAX}")
     if len(ops) > 1 and len({op.key for op in ops}) < len(ops):
         raise Invalid("ops", "a commit names a key twice", now="decide what its one change is")
     return size_bytes

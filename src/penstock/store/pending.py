@@ -25,7 +25,7 @@ _Waiting = tuple[Batch, int, asyncio.Future[int]]  # the entry, its bytes, its c
 class Pending:
     def __init__(self, index: Index) -> None:
         self._index = index
-        self._ahead: dict[str, Record] = {}  # newest undecided write per key; a tombstone has version 0
+        self._ahead: dict[str, Record] = {}  # newest write per key that is not logged; a tombstone has version 0
         self._in_flight: deque[_Waiting] = deque()
         self._in_flight_bytes = 0
 
@@ -44,10 +44,6 @@ class Pending:
         if len(self._in_flight) >= IN_FLIGHT_MAX or self._in_flight_bytes + size_bytes > IN_FLIGHT_BYTES_MAX:
             waiting = f"{len(self._in_flight)} commits with {self._in_flight_bytes} bytes wait for the log"
             raise StoreBusy("store takes no more commits", why=waiting, retry_after_s=0.1)
-
-    def last(self) -> asyncio.Future[int] | None:
-        """Done when everything decided so far is logged; None when it is."""
-        return self._in_flight[-1][2] if self._in_flight else None
 
     def add(self, entry: Batch, size_bytes: int, committer: asyncio.Future[int]) -> None:
         for change in entry.changes:

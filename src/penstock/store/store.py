@@ -235,7 +235,7 @@ class Store:
                 decided.append((change, before))
         committer: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         if not decided:
-            self._answer_after_last(committer)
+            self._answer_unchanged(committer)
             return committer
         entry = Batch(revision, tuple([change for change, _ in decided]))
         self._log.append(entry, durable=durable)
@@ -262,23 +262,12 @@ class Store:
         record = Record(op.key, op.value, before.labels, before.create_revision, revision, before.version + 1, lease)
         return Change("put", record)
 
-    def _answer_after_last(self, committer: asyncio.Future[int]) -> None:
-        """Nothing to write, but what it was decided on may not be logged yet: answer when that is."""
-        last = self._pending.last()
-        if last is None:
+    def _answer_unchanged(self, committer: asyncio.Future[int]) -> None:
+        """Nothing to write; but what it was decided on may not be logged yet, so it is answered together with that."""
+        if len(self._pending):
+            self._pending.add(Batch(self._decided, ()), 0, committer)
+        else:
             committer.set_result(self.revision)
-            return
-
-        def answer(last: asyncio.Future[int]) -> None:
-            if committer.done():
-                return
-            error = None if last.cancelled() else last.exception()
-            if error is not None:
-                committer.set_exception(error)
-            else:
-                committer.set_result(self.revision)
-
-        last.add_done_callback(answer)
 
     def _end_lease(self, lease: int) -> asyncio.Future[int]:
         ops = [Delete(key) for key in self._leases.get(lease).keys]
@@ -302,7 +291,8 @@ class Store:
         for entry, size_bytes, committer in self._pending.take(revision):
             for change in entry.changes:
                 self._index.apply(change)
-            self._hub.publish(entry, size_bytes)
+            if entry.changes:
+                self._hub.publish(entry, size_bytes)
             if not committer.done():
                 committer.set_result(entry.revision)
         self._hub.settle()

@@ -69,9 +69,9 @@ class Watch:
             return batch
 
     def want(self, revision: int) -> None:
-        """Ask for a batch, empty if need be, as soon as everything up to `revision` was handed out."""
+        """Ask for a batch, empty if need be, once `revision` is reached. The smallest of several counts, once."""
         if self._end is None:
-            self.wanted = max(self.wanted, revision)
+            self.wanted = min(self.wanted or revision, revision)
             self._hub.want(self)
 
     async def aclose(self) -> None:
