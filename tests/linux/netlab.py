@@ -84,6 +84,22 @@ class Lab:
 
         threading.Thread(target=serve, daemon=True).start()
 
+    def serve_lengths(self, fd: int, address: str, port: int, answer: Callable[[bytes], bytes]) -> None:
+        """Messages with two bytes of length before each, one connection at a time."""
+        listener = inside(fd, lambda: socket.create_server((address, port)))
+        self._closers.append(lambda: (listener.shutdown(socket.SHUT_RDWR), listener.close()))  # type: ignore[arg-type]
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    conn, _ = listener.accept()
+                    with conn, contextlib.suppress(OSError), conn.makefile("rb") as file:
+                        while head := file.read(2):
+                            reply = answer(file.read(int.from_bytes(head, "big")))
+                            conn.sendall(len(reply).to_bytes(2, "big") + reply)
+
+        threading.Thread(target=serve, daemon=True).start()
+
     def serve_udp(self, fd: int, address: str, port: int, answer: Callable[[bytes], bytes]) -> None:
         sock = inside(fd, lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
         inside(fd, lambda: sock.bind((address, port)))
@@ -94,7 +110,8 @@ class Lab:
             with contextlib.suppress(OSError):
                 while True:
                     data, peer = sock.recvfrom(65535)
-                    sock.sendto(answer(data), peer)
+                    if reply := answer(data):
+                        sock.sendto(reply, peer)
 
         threading.Thread(target=serve, daemon=True).start()
 

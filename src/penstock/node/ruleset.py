@@ -27,6 +27,7 @@ SET_OPEN: Final = "open"  # slots that may reach the internet
 SET_ALLOW: Final = "allow"  # slot . destination range
 SET_DENY: Final = "deny"
 SET_LEARNED: Final = "learned"  # slot . address that an allowed name resolved to, with a timeout
+SET_BUSY: Final = "busy"  # slots with tracked connections, counted by the kernel
 
 LEARNED_S: Final = 1800  # of life after the last packet: a connection outlives the answer that opened it
 LEARNED_MAX: Final = 65_536

@@ -70,6 +70,8 @@ def is_truncated(message: bytes) -> bool:
 
 def addresses(message: bytes) -> list[str]:
     """The IPv4 addresses in the answer section. Raises Malformed on a message that does not add up."""
+    if len(message) < _HEADER.size:
+        raise Malformed("header cut short")
     _, _, questions, count, _, _ = _HEADER.unpack_from(message)
     at = _HEADER.size
     for _ in range(min(questions, 1)):

@@ -43,9 +43,8 @@ def withdraw(tables: NfTables, link: str, address: str, held: Held) -> None:
     """Take every element of the slot away. Absent is success."""
     packed = socket.inet_aton(address)
     tables.remove(ruleset.SET_OUTER, [Element(_name(link), value=packed)])
-    tables.remove(ruleset.SET_INNER, [Element(packed)])
-    if held.open:
-        tables.remove(ruleset.SET_OPEN, [Element(packed)])
+    for name in (ruleset.SET_INNER, ruleset.SET_OPEN, ruleset.SET_BUSY):
+        tables.remove(name, [Element(packed)])
     tables.remove(ruleset.SET_ALLOW, (_range(packed, each) for each in held.allow))
     tables.remove(ruleset.SET_DENY, (_range(packed, each) for each in held.deny))
     tables.remove(ruleset.SET_LEARNED, (_pair(packed, each) for each in held.learned))
