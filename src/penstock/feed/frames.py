@@ -92,6 +92,7 @@ class Link:
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader, self._writer = reader, writer
         self._arrived = bytearray()
+        self._over = False
 
     async def receive(self, decoder: msgspec.msgpack.Decoder[M]) -> M | None:
         """The next message, None when the other side has closed. Raises BrokenFrame, OSError."""
@@ -100,7 +101,7 @@ class Link:
             if body is not None:
                 try:
                     return decoder.decode(body)
-                except msgspec.DecodeError as error:
+                except (msgspec.DecodeError, UnicodeDecodeError) as error:  # msgspec lets the second one through
                     raise BrokenFrame("feed sent what it may not", why=str(error)) from error
             data = await self._reader.read(READ_BYTES)
             if not data:
@@ -118,13 +119,20 @@ class Link:
     async def close(self, *, within_s: float) -> None:
         """Let what was put go out, for at most `within_s`, then close."""
         self._writer.close()
-        with contextlib.suppress(OSError):  # DeadlinePassed is one; the abort below ends it
+        try:
             async with within(within_s, "the last bytes of a feed connection"):
                 await self._writer.wait_closed()
-        self.abort()
+        except TimeoutError:
+            self.abort()
+        except OSError:
+            pass  # the other side was faster
+        self._over = True
 
     def abort(self) -> None:
-        self._writer.transport.abort()
+        """Close at once; what was put and not taken is lost. Idempotent."""
+        if not self._over:  # asyncio's transport fails on an abort after it has closed by itself (3.11)
+            self._writer.transport.abort()
+        self._over = True
 
     def _next_body(self) -> bytes | None:
         if len(self._arrived) < 4:

@@ -252,7 +252,7 @@ def _read(db: sqlite3.Connection, *, after_revision: int, count_max: int) -> lis
             if len(found) >= count_max:
                 break
         return found[:count_max]
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise StoreDamaged("store is damaged", why=str(error)) from error
     finally:
         db.execute("COMMIT")
