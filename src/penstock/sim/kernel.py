@@ -13,7 +13,7 @@ import signal
 from collections.abc import Callable
 from typing import Final
 
-from penstock.core.deadlines import within
+from penstock.core.deadlines import DeadlinePassed, within
 from penstock.model.errors import LaunchFailed
 from penstock.model.sandbox import EgressRules, Limits
 from penstock.node.ports import CgroupUsage, Disk, LaunchOrder, Ports, Slot, Stray
@@ -207,23 +207,22 @@ class SimLauncher:
         return SimProcess(kernel, self._life, proc)
 
     async def _hello(self, proc: Proc) -> None:
-        match proc.guest.manner:
-            case Manner.DEAF:
-                await asyncio.sleep(FOREVER_S)
-            case Manner.STILLBORN:
-                await asyncio.sleep(proc.guest.hello_s)
-                self._life.check()
-                self._kernel.end_process(proc)
-                raise LaunchFailed(proc.order.sandbox, "guest hello", "pid 1 exited with status 1")
-            case _:
-                await asyncio.sleep(proc.guest.hello_s)
+        """Until the guest answers, or pid 1 is gone: a launcher hears of both."""
+        guest = proc.guest
+        try:
+            async with within(FOREVER_S if guest.manner is Manner.DEAF else guest.hello_s, "hello"):
+                await proc.gone.wait()
+        except DeadlinePassed:
+            pass
         self._life.check()
+        if guest.manner is Manner.STILLBORN:
+            self._kernel.end_process(proc)
         if not proc.alive:
-            raise LaunchFailed(proc.order.sandbox, "guest hello", "pid 1 was killed")
-        if proc.guest.manner is Manner.ESCAPED:
+            raise LaunchFailed(proc.order.sandbox, "guest hello", "pid 1 ended")
+        if guest.manner is Manner.ESCAPED:
             proc.cgroup = None
-        if proc.guest.manner is Manner.MORTAL:
-            asyncio.get_running_loop().call_later(proc.guest.lives_s, self._kernel.end_process, proc)
+        if guest.manner is Manner.MORTAL:
+            asyncio.get_running_loop().call_later(guest.lives_s, self._kernel.end_process, proc)
 
     def adopt(self, pid: int, start_ticks: int) -> SimProcess | None:
         self._life.check()
