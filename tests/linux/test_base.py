@@ -302,3 +302,7 @@ def test_alternatives_are_the_best_the_layer_has(root: Path) -> None:
     assert entries["usr/bin/awk"] == ("/etc/alternatives/awk",)
     assert entries["etc/alternatives/awk"] == ("/usr/bin/mawk",)
     assert entries["etc/alternatives/nawk"] == ("/usr/bin/mawk",)
+
+
+def test_two_builds_of_the_same_machine_have_the_same_digest(layer: Layer, tmp_path: Path) -> None:
+    assert build_base(str(tmp_path / "layers"), progress=quiet).digest == layer.digest

@@ -14,10 +14,12 @@ from collections.abc import AsyncIterator
 from typing import Final
 
 from penstock.core.errors import Kind, PenstockError
+from penstock.core.settle import settle
 
 _STEPS: Final = 256  # system calls between two looks at the event loop, about 1 ms
 _COPY_BYTES: Final = 1 << 20
 _FOLDER: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+CLEAN_UP_S: Final = 60.0  # for what a move must remove at its end, also when it was cancelled
 NAMES_MAX: Final = 1_000_000  # in one directory
 
 
@@ -173,9 +175,9 @@ async def move(source: str, destination: str) -> None:
         await _copy_tree(source, beside)
         os.rename(beside, destination)
     except BaseException:
-        await remove(beside)
+        await settle(remove(beside), within_s=CLEAN_UP_S, what=f"the removal of the half-made copy {beside}")
         raise
-    await remove(source)
+    await settle(remove(source), within_s=CLEAN_UP_S, what=f"the removal of {source}, which was moved")
 
 
 def _lies_in(path: str, folder: str) -> bool:

@@ -17,6 +17,7 @@ again costs one lstat per file. A layer is built beside and renamed into place; 
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import hashlib
@@ -395,6 +396,7 @@ def _build(layers_dir: str, progress: Progress, root: str) -> Layer:
         text = b"".join(json.dumps(row, sort_keys=True).encode() + b"\n" for row in _rows(tree))
         _write(os.path.join(work, "manifest"), Text(text, 0o600))
         final = os.path.join(layers_dir, _digest_of(text).removeprefix("sha256:"))
+        _flush(layers_dir)  # a layer that is there is whole, also after a power cut
         # A layer's parents are closed to others; the layer itself must be open to the ids of every sandbox.
         os.chmod(work, 0o755)  # noqa: S103
         if not os.path.isdir(final):
@@ -499,6 +501,16 @@ def _rows(tree: str) -> Iterator[dict[str, Any]]:
             else:
                 digest = _digest_of_file(os.path.join(tree, path))
                 yield row | {"type": "file", "size": status.st_size, "sha256": digest}
+
+
+def _flush(folder: str) -> None:
+    """syncfs(2), which Python lacks: one journal commit instead of a hundred by fsync."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        if ctypes.CDLL(None, use_errno=True).syncfs(handle) != 0:
+            raise OSError(ctypes.get_errno(), "syncfs failed", folder)
+    finally:
+        os.close(handle)
 
 
 def _digest_of(text: bytes) -> str:
