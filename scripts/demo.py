@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import os
 import re
-import select
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
 from pathlib import Path
@@ -49,20 +49,17 @@ def start(data: str) -> tuple[subprocess.Popen[str], dict[str, str]]:
     daemon = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert daemon.stdout is not None
     values: dict[str, str] = {}
-    until = time.monotonic() + STARTED_WITHIN_S
-    while time.monotonic() < until:
-        if not select.select([daemon.stdout], [], [], 1.0)[0]:
-            continue
-        line = daemon.stdout.readline()
-        if not line:
-            break
+    timer = threading.Timer(STARTED_WITHIN_S, daemon.kill)
+    timer.start()
+    for line in daemon.stdout:
         shown = re.sub(r"(e2b_[0-9a-f]{4})[0-9a-f]+", r"\1…", line.rstrip())
         print(f"  | {shown}", flush=True)
         if found := re.match(r"export (E2B_\w+)=(\S+)", line):
             values[found[1]] = found[2]
         if line.startswith("ready"):
+            timer.cancel()
             return daemon, values
-    daemon.kill()
+    timer.cancel()
     raise SystemExit("demo: penstock did not come up")
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import queue
 import re
-import select
 import signal
 import subprocess
+import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ class Installation:
     env: dict[str, str] = field(default_factory=dict)
     output: list[str] = field(default_factory=list)
     daemon: subprocess.Popen[str] | None = None
+    _lines: queue.SimpleQueue[str | None] = field(default_factory=queue.SimpleQueue)
 
     def up(self, *, on_stop: str = "drain") -> Installation:
         argv = [PENSTOCK, "up", "--data", str(self.data), "--on-stop", on_stop]
@@ -32,6 +34,8 @@ class Installation:
         self.daemon = subprocess.Popen(
             argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
+        self._lines = queue.SimpleQueue()
+        threading.Thread(target=self._listen, daemon=True).start()
         until = time.monotonic() + READY_WITHIN_S
         while time.monotonic() < until:
             line = self._line(1.0)
@@ -65,16 +69,16 @@ class Installation:
         """Signal the daemon and wait. Returns its exit code."""
         assert self.daemon is not None
         self.daemon.send_signal(number)
-        rest, _ = self.daemon.communicate(timeout=within_s)
-        self.output.append(rest)
-        return self.daemon.returncode
+        code = self.daemon.wait(timeout=within_s)
+        while self._line(1.0) is not None:
+            pass
+        return code
 
     def kill(self) -> None:
         """kill -9 of the daemon."""
         if self.daemon is not None and self.daemon.poll() is None:
             self.daemon.kill()
-            rest, _ = self.daemon.communicate()
-            self.output.append(rest)
+            self.daemon.wait()
 
     def leaks(self) -> subprocess.CompletedProcess[str]:
         return self.run("leaks", "--data", str(self.data), check=False)
@@ -88,9 +92,18 @@ class Installation:
         assert left.returncode == 0, f"left over:\n{left.stdout}{left.stderr}\n{gone.stdout}{gone.stderr}"
 
     def _line(self, within_s: float) -> str | None:
-        assert self.daemon is not None and self.daemon.stdout is not None
-        if not select.select([self.daemon.stdout], [], [], within_s)[0]:
+        """The next line it says; None after `within_s` of silence or at its end."""
+        try:
+            line = self._lines.get(timeout=within_s)
+        except queue.Empty:
             return None
-        line = self.daemon.stdout.readline()
-        self.output.append(line)
-        return line or None
+        if line is not None:
+            self.output.append(line)
+        return line
+
+    def _listen(self) -> None:
+        """Reads all it says, so that it never blocks on a full pipe; None marks the end."""
+        assert self.daemon is not None and self.daemon.stdout is not None
+        for line in self.daemon.stdout:
+            self._lines.put(line)
+        self._lines.put(None)

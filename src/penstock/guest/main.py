@@ -23,7 +23,7 @@ from typing import Any, Final, NoReturn
 
 from penstock.core.clock import SystemClock
 from penstock.core.crew import Crew
-from penstock.guest import basics, process_api, spawn
+from penstock.guest import basics, compose, files, filesystem, metrics, process_api, spawn
 from penstock.guest.access import TokenAccess
 from penstock.guest.exchange import Exchange, Peer
 from penstock.guest.log import Log
@@ -143,7 +143,9 @@ class Guest:
             clock=self._clock,
             spawn=crew.spawn,
         )
-        basics.register(parts)
+        for service in (basics, files, compose, metrics):
+            service.register(parts)
+        filesystem.register(parts)  # its watchers end with this process
         process_api.register(parts, self._processes)
         return Server(
             routes, access, spawn=crew.spawn, on_fault=self._on_fault, connections_max=self._budget.connections
