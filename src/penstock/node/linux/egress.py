@@ -40,14 +40,19 @@ def introduce(tables: NfTables, link: str, address: str) -> None:
 
 
 def withdraw(tables: NfTables, link: str, address: str, held: Held) -> None:
-    """Take every element of the slot away. Absent is success."""
+    """Take every element of the slot away. Absent is success.
+
+    The link's goes first, and from then on nothing the slot sends is let through; the address goes last, so that
+    `present` shows the slot until all is done.
+    """
     packed = socket.inet_aton(address)
     tables.remove(ruleset.SET_OUTER, [Element(_name(link), value=packed)])
-    for name in (ruleset.SET_INNER, ruleset.SET_OPEN, ruleset.SET_BUSY):
+    for name in (ruleset.SET_OPEN, ruleset.SET_BUSY):
         tables.remove(name, [Element(packed)])
-    tables.remove(ruleset.SET_ALLOW, (_range(packed, each) for each in held.allow))
-    tables.remove(ruleset.SET_DENY, (_range(packed, each) for each in held.deny))
-    tables.remove(ruleset.SET_LEARNED, (_pair(packed, each) for each in held.learned))
+    tables.remove(ruleset.SET_ALLOW, [_range(packed, each) for each in held.allow], sure=True)
+    tables.remove(ruleset.SET_DENY, [_range(packed, each) for each in held.deny], sure=True)
+    tables.remove(ruleset.SET_LEARNED, [_pair(packed, each) for each in held.learned])
+    tables.remove(ruleset.SET_INNER, [Element(packed)])
 
 
 def apply(tables: NfTables, address: str, held: Held, egress: Egress, *, keep_learned: bool) -> bool:
@@ -71,7 +76,7 @@ def apply(tables: NfTables, address: str, held: Held, egress: Egress, *, keep_le
     held.open, held.allow, held.deny = egress.open, allow, deny
     if not keep_learned and held.learned:
         # Outside of the transaction: one that has expired meanwhile would make the whole fail.
-        tables.remove(ruleset.SET_LEARNED, (_pair(packed, each) for each in held.learned))
+        tables.remove(ruleset.SET_LEARNED, [_pair(packed, each) for each in held.learned])
         held.learned.clear()
         stricter = True
     return stricter
@@ -91,6 +96,12 @@ def learn(tables: NfTables, address: str, held: Held, found: Iterable[str]) -> N
         oldest = next(iter(held.learned))
         tables.remove(ruleset.SET_LEARNED, [_pair(packed, oldest)])
         del held.learned[oldest]
+
+
+def present(tables: NfTables) -> set[str]:
+    """Outer addresses of the slots the firewall knows."""
+    found = {socket.inet_ntoa(each.key) for each in tables.elements(ruleset.SET_INNER)}
+    return found | {socket.inet_ntoa(each.value) for each in tables.elements(ruleset.SET_OUTER) if each.value}
 
 
 def read_back(tables: NfTables) -> dict[str, Held]:

@@ -149,6 +149,7 @@ class LinuxNetwork:
         self._news = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_ROUTE)
         self._news.setblocking(False)
         self._news.bind((0, links.GROUP_LINK))
+        self._looks = socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
         self._dns = DnsProxy(
             router_fd=self._router.fd,
             host_fd=self._host_fd if self._foreign_host_fd is not None else None,
@@ -236,7 +237,7 @@ class LinuxNetwork:
         news = self._going.setdefault(number, Pulse())
 
         def gone() -> bool:
-            return links.find_link(self._wires.route, index=links.INDEX_BASE + number) is None
+            return not links.exists(self._looks, links.link_name(number))
 
         try:
             if not await news.wait_for(gone, until=loop.time() + PATIENCE_S):
@@ -309,7 +310,7 @@ class LinuxNetwork:
         """Links and elements; a few milliseconds at a thousand slots."""
         numbers = (links.slot_of(each.name) for each in links.list_links(self._wires.route))
         found = {number for number in numbers if number is not None}
-        for address in egress.read_back(self._wires.tables):
+        for address in egress.present(self._wires.tables):
             number = self._block.number_at(address)
             if number is not None:
                 found.add(number)
@@ -324,6 +325,7 @@ class LinuxNetwork:
         self._dns.close()
         loop.remove_reader(self._news.fileno())
         self._news.close()
+        self._looks.close()
         self._wires.close()
         for held in self._held.values():
             if held.slot is not None:
