@@ -88,7 +88,7 @@ class Breaker:
         )
 
     async def _admit(self, label: str, within_s: float | None) -> None:
-        if self._running < self._running_max and not self._waiters:
+        if self._running < self._running_max:  # then nobody waits: a place given back goes to the first waiter
             self._running += 1
             self._entered += 1
             return

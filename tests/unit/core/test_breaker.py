@@ -87,13 +87,14 @@ async def test_a_turn_that_comes_with_the_deadline_is_taken() -> None:
 async def test_a_turn_that_comes_with_a_cancellation_is_passed_on() -> None:
     runs = Runs(Breaker(1, 5, "b"))
     async with Crew("c") as crew:
-        crew.spawn(runs.run("a", seconds=3), name="a")
-        loser = crew.spawn(runs.run("loser"), name="loser")
-        await asyncio.sleep(0)
-        winner = crew.spawn(runs.run("winner"), name="winner")
-        asyncio.get_running_loop().call_later(3, loser.cancel)
+        async with runs.breaker.enter("a", 1):
+            loser = crew.spawn(runs.run("loser"), name="loser")
+            winner = crew.spawn(runs.run("winner"), name="winner")
+            await asyncio.sleep(3)
+        loser.cancel()  # its turn has come, and it has not run yet
         await winner
-    assert runs.order == ["a", "winner"]
+        assert loser.cancelled()
+    assert runs.order == ["winner"]
     assert runs.breaker.statistics().running == 0
 
 

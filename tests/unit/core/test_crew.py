@@ -7,6 +7,7 @@ import pytest
 
 from penstock.core.crew import Crew, CrewClosed
 from penstock.core.deadlines import DeadlinePassed, within
+from penstock.core.settle import settle
 
 from .virtual import virtual
 
@@ -82,6 +83,24 @@ async def test_two_failures_are_both_in_the_group_and_the_body_s_own_error_too()
 
 
 @virtual
+async def test_a_body_that_settles_while_a_task_fails_gets_no_stray_cancellation_afterwards() -> None:
+    async def fail() -> None:
+        await asyncio.sleep(1)
+        raise ValueError("task")
+
+    async def slow_and_bad() -> None:
+        await asyncio.sleep(5)
+        raise OSError("body")
+
+    with pytest.raises(ExceptionGroup) as caught:
+        async with Crew("c") as crew:
+            crew.spawn(fail(), name="a")
+            await settle(slow_and_bad(), within_s=60, what="an undo")
+    assert [str(error) for error in caught.value.exceptions] == ["body", "task"]
+    await asyncio.sleep(1)
+
+
+@virtual
 async def test_a_body_s_error_alone_is_raised_as_it_is() -> None:
     with pytest.raises(KeyError):
         async with Crew("c") as crew:
@@ -146,7 +165,9 @@ async def test_cancelling_the_owner_while_it_waits_for_its_tasks_still_waits_the
         await asyncio.sleep(2)
         task.cancel()
         task.cancel()
-        await asyncio.sleep(10)
+        await asyncio.sleep(2)
+        assert not task.done()
+        await asyncio.sleep(8)
         assert task.cancelled()
     assert story == ["child ended"]
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from penstock.core.crew import Crew
 from penstock.core.deadlines import DeadlineHeap, DeadlinePassed, Pulse, backoff_s, within
 from penstock.core.errors import Kind
+from penstock.sim.loop import RESOLUTION_S
 
 from .virtual import virtual
 
@@ -88,6 +89,23 @@ async def test_a_task_finishing_at_the_deadline_counts_as_done() -> None:
         task = crew.spawn(work(), name="work")
         await asyncio.sleep(0)
         async with within(1, "the work"):
+            assert await task == "done"
+
+
+@virtual
+async def test_a_task_about_to_finish_at_the_deadline_is_waited_for_too() -> None:
+    """The result reaches the body through a task, hence later than the deadline although due in the same pass."""
+    loop = asyncio.get_running_loop()
+    result: asyncio.Future[str] = loop.create_future()
+
+    async def relay() -> str:
+        return await result
+
+    async with Crew("relays") as crew:
+        task = crew.spawn(relay(), name="relay")
+        await asyncio.sleep(0)
+        async with within(1, "the relay"):
+            loop.call_later(1 + RESOLUTION_S / 2, result.set_result, "done")
             assert await task == "done"
 
 

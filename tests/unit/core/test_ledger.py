@@ -239,6 +239,21 @@ async def test_an_undo_that_hangs_is_bounded_and_pins() -> None:
 
 
 @virtual
+async def test_a_hanging_undo_does_not_stretch_the_bound_of_the_whole() -> None:
+    world = World()
+    ledger = Ledger("sb-1", world, undo_s=30)
+
+    async def hang() -> None:
+        await asyncio.Event().wait()
+
+    await ledger.take("mount x", world.make("mount x"), hang)
+    began = asyncio.get_running_loop().time()
+    with pytest.raises(UnwindFailed):
+        await ledger.unwind(2)
+    assert asyncio.get_running_loop().time() - began == 2
+
+
+@virtual
 async def test_the_whole_unwinding_is_bounded() -> None:
     world = World()
     ledger = await taken(world)
