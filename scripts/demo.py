@@ -84,7 +84,7 @@ def drive(values: dict[str, str]) -> None:
     terminal = box.pty.create(PtySize(rows=24, cols=80))
     box.pty.send_stdin(terminal.pid, b"tput cols; exit\n")
     terminal.wait(on_pty=screen.append)
-    columns = re.findall(rb"\r\n(\d+)\r\n", b"".join(screen))
+    columns = re.findall(rb"[\r\n](\d+)\r\n", b"".join(screen))
     step.done(f"a terminal of {columns[-1].decode() if columns else '?'} columns")
 
     web(box, values, step)

@@ -4,7 +4,7 @@
 Stands on its own (standard library and the machine's tools) so that it can judge Penstock from outside.
 
     host_state.py take FILE                 write the state of now
-    host_state.py diff BEFORE AFTER         print what came and went; exit code 1 when anything differs
+    host_state.py diff BEFORE AFTER         print what came and is left; exit code 1 when anything is
 """
 
 from __future__ import annotations
@@ -15,24 +15,28 @@ import subprocess
 import sys
 from pathlib import Path
 
+NAMESPACES = ("mnt", "net", "pid", "user", "uts", "ipc", "cgroup")
 WATCHED_FOLDERS = ("/run/penstock", "/var/lib/penstock", "/dev/shm")
 
 
 def processes() -> set[str]:
+    """Processes that bear a sign of Penstock or of any container: a word in their command line or cgroup, or a
+    namespace that is not the host's. Other programs of a living host come and go meanwhile and say nothing.
+    """
+    host = {kind: os.readlink(f"/proc/1/ns/{kind}") for kind in NAMESPACES}
     found = set()
     for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
+        if not entry.name.isdigit() or int(entry.name) in (os.getpid(), os.getppid()):
             continue
         try:
             fields = (entry / "stat").read_text().rpartition(")")[2].split()
             name = (entry / "comm").read_text().strip()
+            words = (entry / "cmdline").read_bytes() + (entry / "cgroup").read_bytes()
+            foreign = any(os.readlink(entry / "ns" / kind) != inode for kind, inode in host.items())
         except OSError:
             continue
-        if fields[1] == "2" or entry.name == "2":
-            continue  # kernel threads come and go with load
-        if name in ("host_state.py", "nft", "ip") or int(entry.name) == os.getpid():
-            continue
-        found.add(f"{entry.name} started {fields[19]} {name}")
+        if b"penstock" in words or name.startswith("penstock") or foreign:
+            found.add(f"{entry.name} started {fields[19]} {name}")
     return found
 
 
@@ -52,7 +56,7 @@ def links() -> set[str]:
 
 def namespaces() -> set[str]:
     found = set()
-    for kind in ("mnt", "net", "pid", "user", "uts", "ipc", "cgroup"):
+    for kind in NAMESPACES:
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit():
                 try:
@@ -120,13 +124,11 @@ def main(argv: list[str]) -> int:
     if len(argv) == 3 and argv[0] == "diff":
         before, after = (json.loads(Path(name).read_text()) for name in argv[1:])
         left = 0
-        for kind, (came, went) in diff(before, after).items():
-            # What went away was not ours; only what came is left over.
+        for kind, (came, _) in diff(before, after).items():
+            # What went away was there before us, hence not ours; only what came is left over.
             print(f"  {kind:13} {len(before[kind]):5} before {len(after[kind]):5} after   {len(came)} left")
             for line in came:
                 print(f"      + {line}")
-            for line in went if kind != "processes" else ():
-                print(f"      - {line}")
             left += len(came)
         print(f"  {left} left in all")
         return 1 if left else 0
