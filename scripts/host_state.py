@@ -23,7 +23,7 @@ def processes() -> set[str]:
     """Processes that bear a sign of Penstock or of any container: a word in their command line or cgroup, or a
     namespace that is not the host's. Other programs of a living host come and go meanwhile and say nothing.
     """
-    host = {kind: os.readlink(f"/proc/1/ns/{kind}") for kind in NAMESPACES}
+    host = {kind: os.readlink(f"/proc/self/ns/{kind}") for kind in NAMESPACES}
     found = set()
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit() or int(entry.name) in (os.getpid(), os.getppid()):
