@@ -145,11 +145,10 @@ class Node:
             means=self._means, seen_at=lambda: self._specs.revision, before=before, on_bug=self._tally.bug
         )
         self._crew.spawn(self._expiry.run(), name="expiry")
-        adopted = adopt(self._means)
-        self.leaks = tuple(await self._sweeper.sweep())
+        self._sync.take_up(adopt(self._means))
+        await self._sweep()
         self._means.slots.open()
         self._means.disks.open()
-        self._sync.take_up(adopted)
         await self._builds.start(self._crew)
         self._specs.subscribe(self._sync.on_spec)
         await self._specs.start(self._crew)
@@ -294,7 +293,16 @@ class Node:
     async def _sweep_now_and_then(self) -> None:
         while True:
             await asyncio.sleep(self.settings.sweep_every_s)
-            self.leaks = tuple(await self._sweeper.sweep())
+            await self._sweep()
+
+    async def _sweep(self) -> None:
+        found = await self._sweeper.sweep()
+        self.leaks = tuple(leak for leak in found if leak.kind != "record" or not self._owned(leak.name))
+
+    def _owned(self, record: str) -> bool:
+        """Somebody here is at work on it: between its record and its objects is where everything begins and ends."""
+        pools = (self._means.slots, self._means.disks)
+        return record in self._sync.supervisors or any(pool.owns(record) for pool in pools)
 
     async def _tell_of_itself(self) -> None:
         told: NodeStatus | None = None

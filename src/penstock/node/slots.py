@@ -214,6 +214,12 @@ class Pool(Generic[T]):
         """What `owner` holds and has not given back, in numeric order."""
         return sorted(self._owned.get(owner, ()))
 
+    def owns(self, record: str) -> bool:
+        """Whether that record is of something this pool makes, lends or destroys; what it holds back is not."""
+        digits = record.removeprefix(self.kind)
+        state = self._states.get(int(digits)) if digits.isdigit() and digits != record else None
+        return state is not None and state is not State.PINNED
+
     def value(self, number: int) -> T:
         return self._values[number]
 

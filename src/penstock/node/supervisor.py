@@ -83,6 +83,7 @@ class Supervisor:
         self._undo = Undo(status.id, means)
         self._ledger = Ledger(status.id, LedgerBook(self._record), undo_s=means.settings.step_within_s + UNDO_MARGIN_S)
         self._spec: SandboxSpec | None = None
+        self._seen_revision = status.spec_revision  # of `_spec`; the status has the one whose rules are in force
         self._rules: EgressRules | None = None  # in force; None: not known, so apply the wanted ones
         self._process: Process | None = None
         self._order: Order | None = None
@@ -172,7 +173,7 @@ class Supervisor:
             if self.phase is not Phase.BOUND:  # its record begins when it is accepted
                 self._record.note(Due(end_at=spec.end_at))
             self._means.expiry.watch(self.id, spec.end_at)
-        self._status = msgspec.structs.replace(self._status, spec_revision=revision)
+        self._seen_revision = revision
         if spec.stop is not None:
             self.kill(spec.stop.reason, f"stopped by {spec.stop.by}")
         self._poked.set()
@@ -239,6 +240,8 @@ class Supervisor:
         if self.phase is Phase.BOUND and self._order is not None:
             self._fire(Event.CANCEL, self._order.because, self._order.reason)
             return False
+        if self.phase is Phase.BOUND and self._fault is None:
+            return False
         if self.phase is not Phase.READY:
             why = self._order.because if self._order is not None else str(self._fault)
             reason = self._order.reason if self._order is not None else KillReason.START_FAILED
@@ -251,6 +254,8 @@ class Supervisor:
         assert spec is not None
         try:
             async with means.starts.enter(self.id, within_s=means.settings.start_queue_s):
+                if means.gate.cordoned is not None:
+                    return  # nothing was taken or said: it stays bound, and the next daemon starts it
                 self._record.begin(spec, boot_id=means.boot_id, now=means.clock.wall())
                 if self.end_at != spec.end_at:
                     self._record.note(Due(end_at=self.end_at))
@@ -307,7 +312,7 @@ class Supervisor:
         spec = self._spec
         if spec is None:
             return
-        revision = self._status.spec_revision
+        revision = self._seen_revision  # of `spec`, read together: both may move on while the rules are applied
         if spec.egress != self._rules and self._status.slot >= 0:
             try:
                 async with within(self._means.settings.step_within_s, f"egress rules of {self.id}"):

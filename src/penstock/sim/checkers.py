@@ -138,12 +138,22 @@ class Checkers:
                 self.blame(f"{sandbox} answered ready, then failed")
             if phase is Phase.READY and first in TERMINAL:
                 self.blame(f"{sandbox} answered {first.value}, then ready")
+        if phase is Phase.READY:
+            self._rules_in_force(sandbox, status)
         if phase in TERMINAL:
             self._ended.add(sandbox)
             for left in self.left_of(sandbox):
                 self.blame(f"{sandbox} is {phase.value}, and {left} is left")
             if sandbox in self._kernel.records:
                 self.blame(f"{sandbox} is {phase.value}, and its record is left")
+
+    def _rules_in_force(self, sandbox: str, status: SandboxStatus) -> None:
+        """A status that claims a spec's revision claims its rules."""
+        spec = self._facts.specs.get(sandbox)
+        if spec is None or status.spec_revision < self._facts.spec_revisions[sandbox]:
+            return
+        if self._kernel.slots.get(status.slot) not in (spec.egress, None):
+            self.blame(f"{sandbox} claims revision {status.spec_revision}, and other rules are in force")
 
     def answer_of(self, sandbox: str) -> Phase | None:
         return self._answered.get(sandbox)

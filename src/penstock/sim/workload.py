@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 ANSWER_S: Final = 400.0  # queue, deaf guests, dead daemons and back-offs included
 END_S: Final = 400.0
+IN_FORCE_S: Final = 120.0
 TEAM: Final = TeamId("default")
 BUILD: Final = BuildId("build0")
 
@@ -48,13 +50,27 @@ class Client:
             await self._world.sleep(self._rng.uniform(0.0, 4.0))
             if self._ended():
                 break
-            await self._change(self._rng.choice((self._new_rules, self._extended, self._shortened)))
+            how = self._rng.choice((self._new_rules, self._extended, self._shortened))
+            await self._change(how)
+            await self._world.until(self._in_force(), IN_FORCE_S, f"{how.__name__} of {self.sandbox} in force")
         if self._rng.random() < 0.6:
             await self._change(self._stopped)
         await self._world.until(self._ended, END_S, f"the end of {self.sandbox}")
 
     def _answered(self) -> bool:
         return self._world.checkers.answer_of(self.sandbox) is not None or self._removed()
+
+    def _in_force(self) -> Callable[[], bool]:
+        """As the front door waits before it answers a change."""
+        revision = self._world.facts.spec_revisions.get(self.sandbox, 0)
+
+        def check() -> bool:
+            status = self._world.facts.statuses.get(self.sandbox)
+            if self._ended() or status is None:
+                return True
+            return status.phase not in (Phase.READY, Phase.STARTING) or status.spec_revision >= revision
+
+        return check
 
     def _ended(self) -> bool:
         status = self._world.facts.statuses.get(self.sandbox)

@@ -80,7 +80,7 @@ async def bench() -> AsyncIterator[Bench]:
 
 async def until(condition: object) -> None:
     async with within(5.0, "the condition of the test"):
-        while not condition():  # type: ignore[operator]
+        while not condition():  # type: ignore[operator]  # noqa: ASYNC110 - a pool tells nobody of its fullness
             await asyncio.sleep(0.001)
 
 
