@@ -13,7 +13,8 @@ import pytest
 
 from penstock.model.errors import Unsupported
 from penstock.model.template import Layer
-from penstock.node.linux.base import build_base, missing_packages, plan, verify
+from penstock.node.linux.base import REQUIRED_PACKAGES, build_base, missing_packages, verify
+from penstock.node.linux.selection import plan
 
 pytestmark = pytest.mark.root
 
@@ -174,7 +175,6 @@ def test_asking_again_gives_the_same_layer_and_it_verifies(layers: Path, layer: 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     """A merged-usr machine whose required packages own one small file each."""
-    from penstock.node.linux.base import REQUIRED_PACKAGES
 
     root = tmp_path / "root"
     (root / "usr/bin").mkdir(parents=True)

@@ -182,8 +182,9 @@ class _Download:
         conditions = Conditions(*(self._exchange.header_text(name) for name in (
             b"if-match", b"if-unmodified-since", b"if-none-match", b"if-modified-since", b"if-range")))  # fmt: skip
         wanted_range = self._exchange.header_text(b"range")
-        # A part, or an answer "not modified", is about the file's own bytes: no encoding.
-        if encoding is Encoding.GZIP and not wanted_range and not any(conditions):
+        # A part, or an answer "not modified", is about the file's own bytes: no encoding. HEAD packs nothing either.
+        plain = bool(wanted_range) or any(conditions) or self._exchange.head.method == b"HEAD"
+        if encoding is Encoding.GZIP and not plain:
             await self._send_gzip()
             return
         status = conditions.status(self._etag, self._modified_s)

@@ -245,6 +245,7 @@ async def test_head_sends_no_body_and_an_empty_file_and_proc_are_whole(room: Roo
     (room.home / "empty").write_bytes(b"")
     head = await room.client.head("/files?path=f", headers={"accept-encoding": "identity"})
     assert (head.status_code, head.headers["content-length"], head.content) == (200, "1000000", b"")
+    assert (await room.client.head("/files?path=f", headers={"accept-encoding": "gzip"})).headers["etag"]
     assert (await room.client.get("/files?path=empty", headers={"accept-encoding": "identity"})).content == b""
     version = await room.client.get("/files?path=/proc/version", headers={"accept-encoding": "identity"})
     assert version.content.startswith(b"Linux version ")
