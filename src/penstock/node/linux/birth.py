@@ -10,13 +10,11 @@ programs work. Every step has a name; when one fails, the launcher is told its n
 
 from __future__ import annotations
 
-import importlib.machinery
 import json
 import os
 import resource
 import signal
 import socket
-import sys
 import time
 from collections.abc import Callable
 from typing import Any, Final, NoReturn, Protocol
@@ -170,7 +168,6 @@ def _confine(parcel: Parcel, luggage: Luggage, kernel: Kernel, steps: Steps) -> 
     steps.begin("names")
     syscalls.sethostname(parcel.hostname)
     titles.set_title("penstock-guest")
-    _forbid_imports()
     steps.begin("pivot")
     mounts.leave_old_root(mounts.NEW_ROOT)
     steps.begin("session")
@@ -196,14 +193,6 @@ def _set_rlimits() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     # 1 byte, not 0: with 0 the kernel would still start the host's core_pattern program, as the host's root.
     resource.setrlimit(resource.RLIMIT_CORE, (1, 1))
-
-
-def _forbid_imports() -> None:
-    """From here on the only file system is the image's: an import must fail, and not run what lies there."""
-    sys.meta_path[:] = [importlib.machinery.BuiltinImporter, importlib.machinery.FrozenImporter]
-    sys.path.clear()
-    sys.path_hooks.clear()
-    sys.path_importer_cache.clear()
 
 
 def _tidy(luggage: Luggage, line: socket.socket) -> None:

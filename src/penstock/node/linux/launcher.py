@@ -34,6 +34,7 @@ GUEST_LOG: Final = "guest.log"
 _BACKLOG: Final = 512  # connections a busy guest has not accepted yet
 _PACK_S: Final = 10.0  # opening local files: milliseconds, unless the disk is stuck
 _HELLO_S: Final = 10.0  # a clone: 1 ms, unless hundreds are before us
+_ZYGOTE_STEPS: Final = ("zygote", "clone")  # errors of the zygote itself, not of a child
 _END_S: Final = 10.0  # from SIGKILL to gone
 
 JsonObject = dict[str, Any]
@@ -58,8 +59,10 @@ class _Baggage:
     def add(self, name: str, fd: int) -> None:
         self.luggage[name] = self._position(fd)
 
-    def add_list(self, name: str, fds: list[int]) -> None:
-        self.luggage[name] = [self._position(fd) for fd in fds]
+    def append(self, name: str, fd: int) -> None:
+        positions = self.luggage.setdefault(name, [])
+        assert isinstance(positions, list)
+        positions.append(self._position(fd))
 
     def close(self) -> None:
         close_all(self.fds)
@@ -126,27 +129,38 @@ class ZygoteLauncher:
             baggage.close()
 
     async def _born(self, order: LaunchOrder, line: Line) -> PidfdProcess:
-        """Wait for pid 1 and then for its guest. The wait for the pid is settled: a clone must not go unnoticed."""
-        outcome = await settled(line.receive(), within_s=_HELLO_S, what=f"pid 1 of {order.sandbox}")
-        if outcome.error is not None:
-            outcome.hand_back()  # and the zygote kills a child whose pid it cannot deliver
-        message, fds = outcome.value
-        if message is None or len(fds) != 1:
-            close_all(fds)
-            raise _failure(order, message, "zygote", "it closed the connection")
-        process = PidfdProcess(int(message["pid"]), int(message["start_ticks"]), fds[0])
+        """Wait for pid 1 and for the word of its guest. Either may come first: the child can outrun its parent."""
+        process, word, cancelled = await self._hello(order, line)
         try:
-            if outcome.cancelled is not None:
-                raise outcome.cancelled
-            message, fds = await line.receive()
-            close_all(fds)
-            if message is None or "ready" not in message:
-                raise _failure(order, message, "guest", "pid 1 ended without a word")
-            process.steps_ms = {str(name): float(took) for name, took in message["steps_ms"].items()}
+            if cancelled is not None:
+                raise cancelled
+            if word is None:
+                word, fds = await line.receive()
+                close_all(fds)
+            if word is None or "ready" not in word:
+                raise _failure(order, word, "guest", "pid 1 ended without a word")
+            process.steps_ms = {str(name): float(took) for name, took in word["steps_ms"].items()}
             return process
         except BaseException:
             await settle(_end(process), within_s=_END_S, what=f"end of the half-made {order.sandbox}")
             raise
+
+    async def _hello(
+        self, order: LaunchOrder, line: Line
+    ) -> tuple[PidfdProcess, JsonObject | None, asyncio.CancelledError | None]:
+        """Pid 1, the child's word if that came before, and a cancellation that came meanwhile.
+
+        Settled: a clone must not go unnoticed. If the zygote says nothing in time, closing the line makes it kill the
+        child whose pid it cannot deliver.
+        """
+        outcome = await settled(_receive_both(line), within_s=_HELLO_S, what=f"pid 1 of {order.sandbox}")
+        if outcome.error is not None:
+            outcome.hand_back()
+        message, fds, word = outcome.value
+        if message is None or len(fds) != 1:
+            close_all(fds)
+            raise _failure(order, message or word, "zygote", "it closed the connection")
+        return PidfdProcess(int(message["pid"]), int(message["start_ticks"]), fds[0]), word, outcome.cancelled
 
     async def _packed(self, order: LaunchOrder, boot_id: str) -> _Baggage:
         packing = self._in_thread(lambda: self._pack(order, boot_id))
@@ -174,13 +188,14 @@ class ZygoteLauncher:
             baggage.add("netns", os.dup(order.slot.netns_fd))
             baggage.add("userns", os.dup(order.slot.userns_fd))
             doors = self._open_cgroups(order.cgroup)
-            baggage.add_list("tasks", doors.tasks)
-            baggage.add_list("user", doors.user)
+            for fd in doors.tasks:
+                baggage.append("tasks", fd)
+            for fd in doors.user:
+                baggage.append("user", fd)
             if doors.unified is not None:
                 baggage.add("unified", doors.unified)
-            baggage.luggage["layers"] = []
             for path in order.layers:
-                baggage.add_list("layers", [mounts.clone_tree(path)])
+                baggage.append("layers", mounts.clone_tree(path))
         except BaseException:
             baggage.close()
             raise
@@ -195,6 +210,18 @@ def _failure(order: LaunchOrder, message: JsonObject | None, step: str, why: str
     if told is None:
         return LaunchFailed(order.sandbox, step, why)
     return LaunchFailed(order.sandbox, str(told["step"]), str(told["why"]))
+
+
+async def _receive_both(line: Line) -> tuple[JsonObject | None, list[int], JsonObject | None]:
+    """(what the zygote said, its descriptors, what the child said before that)."""
+    word: JsonObject | None = None
+    while True:
+        message, fds = await line.receive()
+        if message is None or "pid" in message or word is not None:
+            return message, fds, word
+        word = message
+        if "error" in word and word["error"].get("step") in _ZYGOTE_STEPS:
+            return None, fds, word  # no child was made: nothing more will come
 
 
 async def _end(process: PidfdProcess) -> None:

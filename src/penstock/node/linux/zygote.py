@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import array
 import gc
+import importlib.machinery
 import json
 import os
 import select
@@ -70,11 +71,23 @@ def run(listener: socket.socket, serve: Serve, *, stepping_stone: str) -> NoRetu
     titles.prepare()
     titles.set_title("penstock-zygote")
     mounts.enter_bare_root(stepping_stone)
+    _forbid_imports()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C at the daemon's terminal is not for us
     gc.collect()
     gc.freeze()  # the collector of a child must not touch, and so copy, pages of what we made
     _Loop(listener, kernel, serve).turn_for_ever()
+
+
+def _forbid_imports() -> None:
+    """There is nothing to import from any more, and in a child there soon will be: what lies in the image.
+
+    Here and not in the child, because freeing the finders' caches copies pages (0.8 ms).
+    """
+    sys.meta_path[:] = [importlib.machinery.BuiltinImporter, importlib.machinery.FrozenImporter]
+    sys.path.clear()
+    sys.path_hooks.clear()
+    sys.path_importer_cache.clear()
 
 
 class _Loop:
