@@ -139,7 +139,7 @@ def test_ids_are_canonical_and_nothing_linked_can_be_changed_by_an_upgrade(layer
             if stat.S_ISREG(found.st_mode):
                 linked += found.st_nlink > 1
                 # dpkg takes the mode of a set-id file away before it unlinks it, on the inode: it must be a copy.
-                assert not found.st_mode & 0o6000 or found.st_nlink == 1, path
+                assert not found.st_mode & 0o7000 or found.st_nlink == 1, path
             if not stat.S_ISLNK(found.st_mode) and path.startswith(f"{layer.path}/usr/"):
                 assert found.st_mode & 0o004, path
     assert owners == {(0, 0), (1000, 1000), (0, 42), (0, 8)}

@@ -6,7 +6,7 @@ files of a closure of Debian packages, is hard-linked. dpkg replaces a file by r
 keeps the old content for ever. /etc, /root, /home and /var of the machine are never read: see `skeleton`.
 
 A linked file shares its inode with the machine's, hence two rules. Nothing here ever changes the mode, owner or
-content of one. And what dpkg would change is copied: before it unlinks a file with set-id bits it takes them away
+content of one. And what dpkg would change is copied: before it unlinks a set-id or sticky file it closes the inode
 (chmod 0600, against old links of vulnerable programs), which would break `sudo` in every running sandbox.
 What cannot be guarded against is an administrator who writes into a program in place; `verify` finds that.
 

@@ -232,7 +232,7 @@ def _entry_of(path: str) -> Entry | None:
     if status.st_uid != 0 or status.st_gid != 0:
         # The machine's other groups mean nothing inside; such programs (chage, ssh-agent) also work without set-gid.
         return Hosted(path, status, mode & 0o755, shared=False)
-    return Hosted(path, status, mode, shared=not mode & 0o6000)
+    return Hosted(path, status, mode, shared=not mode & 0o7000)
 
 
 def _add_alternatives(entries: Plan, alternatives: list[Alternative]) -> None:
