@@ -57,6 +57,7 @@ class Connection(asyncio.BufferedProtocol):
         self._inbox = bytearray()
         self._exchange: Exchange | None = None
         self._head: RequestHead | None = None
+        self._head_started = False  # a part of the next head has come
         self._closing = False  # close after the current answer
         self._eof = False
         self._reading = True
@@ -107,7 +108,6 @@ class Connection(asyncio.BufferedProtocol):
         self._wake_reader()
         if self._phase is not Phase.SERVING:
             return False
-        self._closing = True
         assert self._exchange is not None
         self._exchange.note_disconnect()
         return True  # the answer may still be wanted: `printf ... | nc`
@@ -244,7 +244,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def _next_request(self) -> None:
         if not self._inbox:
-            self._set_deadline(IDLE_S)
+            self._wait_for_more(IDLE_S)
             return
         try:
             head = http1.parse_request_head(self._inbox)
@@ -252,15 +252,19 @@ class Connection(asyncio.BufferedProtocol):
             self._refuse(bad.status, bad.why)
             return
         if head is None:
-            if self.deadline == float("inf") or not self._head_started:
-                self._set_deadline(HEAD_S)
+            if not self._head_started:
                 self._head_started = True
+                self._wait_for_more(HEAD_S)
             return
         self._head_started = False
         del self._inbox[: head.size]
         self._serve(head)
 
-    _head_started = False
+    def _wait_for_more(self, within_s: float) -> None:
+        if self._eof:
+            self.close()
+        else:
+            self._set_deadline(within_s)
 
     def _serve(self, head: RequestHead) -> None:
         self.deadline = float("inf")

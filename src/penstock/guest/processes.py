@@ -184,10 +184,12 @@ class Processes:
         env = self._settings.process_env(order.user, order.env)
         try:
             cwd = resolve(order.cwd, order.user.home, self._settings.workdir)
+            argv = [_bytes(text) for text in (order.command, *order.args)]
+            encoded = {_env_name(name): _bytes(value) for name, value in env.items()}
             return spawn.Program(
-                candidates=spawn.find_program(order.command, env.get("PATH", "")),
-                argv=[_bytes(order.command), *(_bytes(arg) for arg in order.args)],
-                env={_env_name(name): _bytes(value) for name, value in env.items()},
+                candidates=spawn.find_program(argv[0], encoded.get(b"PATH", b"")),
+                argv=argv,
+                env=encoded,
                 cwd=_bytes(cwd),
                 uid=order.user.uid,
                 gid=order.user.gid,

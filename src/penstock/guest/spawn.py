@@ -78,19 +78,18 @@ class Child:
     pty_fd: int = -1
 
 
-def find_program(command: str, path: str) -> list[bytes]:
-    """Paths to try for `command`, in order, as execvp would: itself when it holds a slash, else along `path`.
+def find_program(name: bytes, path: bytes) -> list[bytes]:
+    """Paths to try for command `name`, in order, as execvp would: itself when it holds a slash, else along `path`.
 
     Raises StartFailed("find", ENOENT) when nothing executable is there. Directories are looked into as root; the
     child, as the user, skips what it may not run.
     """
-    name = command.encode("utf-8", "surrogateescape")
     if not name:
         raise StartFailed("find", errno.ENOENT)
     if b"/" in name:
         return [name]
     found = []
-    for folder in path.encode("utf-8", "surrogateescape").split(b":")[:CANDIDATES_MAX]:
+    for folder in path.split(b":")[:CANDIDATES_MAX]:
         candidate = (folder or b".") + b"/" + name
         try:
             mode = os.stat(candidate).st_mode
