@@ -149,10 +149,14 @@ class Pulse:
     Level-triggered: the state decides, the pulse only says "look again", so a lost or doubled pulse is harmless.
     """
 
+    __slots__ = ("_waiters",)
+
     def __init__(self) -> None:
         self._waiters: dict[asyncio.Future[None], None] = {}  # in order of arrival
 
     def fire(self) -> None:
+        if not self._waiters:
+            return
         waiters, self._waiters = self._waiters, {}
         for waiter in waiters:
             _wake(waiter)

@@ -27,7 +27,6 @@ import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Final
 
 from penstock.core.deadlines import Pulse
@@ -105,6 +104,8 @@ class GateStatistics:
 class Notice:
     """Whether a holder was asked to leave. Level-triggered: a holder that looks late still sees it."""
 
+    __slots__ = ("_changed", "_set")
+
     def __init__(self) -> None:
         self._set = False
         self._changed = Pulse()
@@ -127,6 +128,8 @@ class Notice:
 class Hold:
     """One admitted piece of work. Give it back with `release()` or by leaving its `with` block."""
 
+    __slots__ = ("_called", "_gate", "_on_force", "_released", "kind", "label", "notice")
+
     def __init__(self, gate: Gate, kind: str, label: str) -> None:
         self._gate = gate
         self.kind, self.label = kind, label
@@ -138,9 +141,7 @@ class Hold:
     def __enter__(self) -> Hold:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.release()
 
     def __str__(self) -> str:
