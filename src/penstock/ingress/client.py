@@ -309,7 +309,10 @@ class Client(Pipe):
                 self._forward_to(choice, aim)
             else:
                 assert isinstance(choice, Refusal)
-                self._refuse(choice)
+                if choice.cause == "not_found":
+                    self._dialling = self.hub.spawn(self._look_again(aim), name="look again")
+                else:
+                    self._refuse(choice)
         elif isinstance(aim, Refusal):
             self._refuse(aim)
         elif isinstance(aim, Own):
@@ -317,6 +320,21 @@ class Client(Pipe):
         else:
             assert isinstance(aim, Signed)
             self._dialling = self.hub.spawn(self._find_signed(aim), name="signed URL")
+
+    async def _look_again(self, target: Target) -> None:
+        """Before a sandbox is said to be unknown, the table hears all that was true when the request came.
+
+        Who creates a sandbox is answered by the API; its first request may be here before the feed's news is.
+        """
+        await self.hub.catch_up()
+        self._dialling = None
+        if self.stage is _CLOSED or self.asked is None:
+            return
+        choice = decide.choose(target, self.asked.head, self.hub.table, self.hub.tokens.traffic)
+        if isinstance(choice, Route):
+            self._forward_to(choice, target)
+        else:
+            self._refuse(choice)
 
     def _forward_to(self, route: Route, target: Target) -> None:
         asked, hub = self.asked, self.hub
@@ -419,6 +437,7 @@ class Client(Pipe):
                 self._hold(rest)
 
     async def _find_signed(self, signed: Signed) -> None:
+        await self.hub.catch_up()
         try:
             route = await self.hub.signed.find(signed)
         except (BreakerFull, DeadlinePassed):

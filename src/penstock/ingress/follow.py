@@ -9,13 +9,15 @@ from typing import Final
 import msgspec
 
 from penstock.core.crew import Crew
-from penstock.core.deadlines import Pulse
+from penstock.core.deadlines import DeadlinePassed, Pulse, within
 from penstock.feed.source import Source
 from penstock.feed.view import View
 from penstock.ingress.table import Table, route_of
 from penstock.model import keys
+from penstock.model.errors import Unavailable
 from penstock.model.sandbox import SandboxSpec, SandboxStatus
 
+CATCH_UP_S: Final = 1.0  # 0.5 ms when nothing is wrong
 AGAIN_S: Final = 1.0  # after a view failed (a record that cannot be decoded), before everything is read anew
 
 _spec: Final = msgspec.json.Decoder(SandboxSpec)
@@ -35,6 +37,8 @@ class Follower:
         self._specs: View[SandboxSpec] | None = None
         self._statuses: View[SandboxStatus] | None = None
         self._pulse = Pulse()
+        self._turn = asyncio.Lock()
+        self._asked = self._caught_up = 0  # tickets: the last given out, and the last whose question was answered
 
     @property
     def connected(self) -> bool:
@@ -57,6 +61,29 @@ class Follower:
         """Whether the table was read once, by then."""
         until = asyncio.get_running_loop().time() + within_s
         return await self._pulse.wait_for(lambda: self._table.complete, until=until)
+
+    async def catch_up(self) -> None:
+        """Return once the table shows all that was true when this was called; at once while the feed is away.
+
+        Bounded by CATCH_UP_S, and then the table is what it is. All who ask meanwhile share the next question, so that
+        a flood of unknown names costs the feed one small listing at a time.
+        """
+        if not self.connected:
+            return
+        self._asked = ticket = self._asked + 1
+        try:
+            async with within(CATCH_UP_S, "the feed's latest revision"), self._turn:
+                if self._caught_up >= ticket:
+                    return
+                covers = self._asked
+                # A key that cannot exist: the answer is empty and carries the store's revision.
+                listing = await self._source.list(f"{keys.SANDBOX_SPEC}~")
+                for view in (self._specs, self._statuses):
+                    if view is not None:
+                        await view.wait_revision(listing.revision, None)
+                self._caught_up = covers
+        except (DeadlinePassed, Unavailable):
+            pass  # Safe: the caller decides by the table of now, as it would without us.
 
     async def _read(self, crew: Crew) -> None:
         self._specs = View(self._source, keys.SANDBOX_SPEC, _spec.decode)

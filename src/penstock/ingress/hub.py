@@ -1,8 +1,8 @@
 """The ingress, put together: the table, the connections on both sides, and who may have how many.
 
 Descriptors are the resource that runs out first. Clients, upstreams, dials and handshakes share one budget. When it is
-used up, kept upstreams are closed first, then the clients that have been idle longest; when nobody is idle, a new client
-is told 503. So ten thousand idle connections cost nobody else anything but memory.
+used up, kept upstreams are closed first, then the clients that have been idle longest; when nobody is idle, a new
+client is told 503. So ten thousand idle connections cost nobody else anything but memory.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import resource
 from collections import OrderedDict
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Final
 
 from penstock.core.crew import Crew
@@ -58,6 +58,7 @@ class Hub:
         descriptors_max: int,
         per_sandbox_max: int | None = None,
         gauges: Gauges | None = None,
+        catch_up: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self.loop, self.table, self.tokens = loop, table, tokens
         self.tally, self.heads = Tally(), Heads()
@@ -67,6 +68,7 @@ class Hub:
         self.upstreams: set[Upstream] = set()
         self.idle: OrderedDict[Client, None] = OrderedDict()  # between requests, longest first
         self.stopping = False
+        self._catch_up = catch_up
         self.handshakes = 0  # TLS connections that are no clients yet
         self._left = Pulse()  # a client has gone
         self.descriptors_max = descriptors_max
@@ -90,6 +92,11 @@ class Hub:
 
     def spawn(self, coro: Coroutine[Any, Any, None], *, name: str) -> asyncio.Task[None]:
         return self._crew.spawn(coro, name=name)
+
+    async def catch_up(self) -> None:
+        """The table hears all that was true by now, as far as its source can be asked."""
+        if self._catch_up is not None:
+            await self._catch_up()
 
     # ---- clients
 
@@ -147,8 +154,6 @@ class Hub:
         clients = self._exchanges.get(sandbox)
         if clients is not None:
             clients.discard(client)
-            if not clients:
-                del self._exchanges[sandbox]
 
     def exchanges(self, sandbox: str) -> int:
         return len(self._exchanges.get(sandbox, ()))
@@ -177,7 +182,7 @@ class Hub:
         return len(left)
 
     def _sandbox_ended(self, route: Route) -> None:
-        for client in list(self._exchanges.get(route.sandbox, ())):
+        for client in list(self._exchanges.pop(route.sandbox, ())):
             client.sandbox_ended()
         self.pool.drop_sandbox(route.sandbox)
         self.tokens.forget(route.sandbox)

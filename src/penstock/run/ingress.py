@@ -1,8 +1,8 @@
 """The ingress process: `python -m penstock.run.ingress --data DIR --listen HOST:PORT --domain NAME [--tls HOST:PORT]`.
 
-It lives apart from the daemon and survives it: what it knows of sandboxes it keeps while the feed is away. It says where
-it listens in `<data>/run/ingress.json`, with its pid and start time. SIGTERM: accept nothing more, let responses end for
-`--grace` seconds, cut the rest, exit 0. No argument is a secret: the seed of tokens is read from the data folder.
+It lives apart from the daemon and survives it: what it knows of sandboxes it keeps while the feed is away. It says
+where it listens in `<data>/run/ingress.json`, with its pid and start time. SIGTERM: accept nothing more, let responses
+end for `--grace` seconds, cut the rest, exit 0. No argument is a secret: the seed of tokens is read from the folder.
 """
 
 from __future__ import annotations
@@ -60,6 +60,11 @@ async def _serve(arguments: argparse.Namespace) -> None:
     secure = bind(*host_port(arguments.tls, field="--tls")) if arguments.tls else None
     namespaces, gauges, table = Namespaces(), Gauges(), Table()
     async with Crew("ingress", on_error=_log_failure) as crew:
+        follower = Follower(
+            RemoteSource(folder.feed_socket, rng=random.Random()),
+            table,
+            on_trouble=lambda trouble: log.error("feed failed; reading it anew", exc_info=trouble),
+        )
         hub = Hub(
             loop=loop,
             table=table,
@@ -68,11 +73,7 @@ async def _serve(arguments: argparse.Namespace) -> None:
             crew=crew,
             descriptors_max=descriptor_budget(),
             gauges=gauges,
-        )
-        follower = Follower(
-            RemoteSource(folder.feed_socket, rng=random.Random()),
-            table,
-            on_trouble=lambda trouble: log.error("feed failed; reading it anew", exc_info=trouble),
+            catch_up=follower.catch_up,
         )
         crew.spawn(follower.follow(), name="follower")
         gauges["feed_connected"] = lambda: follower.connected
