@@ -1,8 +1,8 @@
 """Where a request goes, decided without any I/O.
 
 Two steps, because they change at different rates. `read(head)` depends on the head alone, so its answer is kept for
-the same bytes coming again (`heads.py`). `choose(target, head, table, …)` asks the table, which changes at any moment, so
-it is asked for every request.
+the same bytes coming again (`heads.py`). `choose(target, head, table, …)` asks the table, which changes at any moment,
+so it is asked for every request.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from enum import Enum
+from functools import lru_cache
 from typing import Final
 from urllib.parse import parse_qsl, unquote_to_bytes
 
@@ -29,6 +30,7 @@ RESERVED: Final = frozenset(
     | {b"/notice", b"/drain", b"/control", b"/adopt", b"/stop"}
 )
 _ABSOLUTE: Final = re.compile(rb"https?://([^/?#]*)", re.IGNORECASE)
+ROUTES_KEPT: Final = 4096  # (host, id, port) triples whose meaning is remembered
 QUERY_BYTES_MAX: Final = 16 * 1024  # of a signed URL; a path has at most 4 KiB, percent-encoded 12
 
 _UNNAMED: Final = pages.bad_request(400, "the request names no sandbox: send E2b-Sandbox-Id and E2b-Sandbox-Port")
@@ -57,20 +59,35 @@ TrafficToken = Callable[[str], str]  # by sandbox id
 
 def read(head: RequestHead) -> Aim:
     """What the head asks for. Pure."""
-    refusal = _refuse(head)
-    if refusal is not None:
-        return refusal
-    host = head.header(b"host")
-    sandbox, port = head.header(routing.ID_HEADER), head.header(routing.PORT_HEADER)
-    if not sandbox and not port and routing.headers_count_for(routing.host_name(host)):
+    host = sandbox = port = b""
+    for name, value in head.fields:
+        if name == b"host":
+            host = value
+        elif name == routing.ID_HEADER:
+            sandbox = sandbox or value
+        elif name == routing.PORT_HEADER:
+            port = port or value
+    if not head.target.startswith(b"/"):
+        refusal = _refuse_target(head, host)
+        if refusal is not None:
+            return refusal
+    target = _route(host, sandbox, port)
+    if target is None:
         return _read_unnamed(head)
-    try:
-        target = routing.route(host, sandbox, port)
-    except routing.RoutingError as error:
-        return pages.bad_request(error.status, error.message)
-    if target.port == GUEST_PORT and is_reserved(head.path):
+    if type(target) is Target and target.port == GUEST_PORT and is_reserved(head.path):
         return pages.reserved_path(head.path.decode("latin-1"))
     return target
+
+
+@lru_cache(maxsize=ROUTES_KEPT)
+def _route(host: bytes, sandbox: bytes, port: bytes) -> Target | Refusal | None:
+    """None: no sandbox is named where the headers could have named one."""
+    if not sandbox and not port and routing.headers_count_for(routing.host_name(host)):
+        return None
+    try:
+        return routing.route(host, sandbox, port)
+    except routing.RoutingError as error:
+        return pages.bad_request(error.status, error.message)
 
 
 def choose(target: Target, head: RequestHead, table: Table, traffic_token: TrafficToken) -> Route | Refusal:
@@ -103,13 +120,13 @@ def is_reserved(path: bytes) -> bool:
     return bool(parts) and b"/" + parts[0] in RESERVED
 
 
-def _refuse(head: RequestHead) -> Refusal | None:
+def _refuse_target(head: RequestHead, host: bytes) -> Refusal | None:
     if head.method == b"CONNECT":
         return pages.bad_request(405, "CONNECT is not served")
     absolute = _ABSOLUTE.match(head.target)
     # An absolute target outranks Host (RFC 9112 3.2.2): were they to differ, we and the server in the sandbox could
     # read two different requests.
-    if absolute is not None and absolute[1].lower() != head.header(b"host").lower():
+    if absolute is not None and absolute[1].lower() != host.lower():
         return pages.bad_request(400, "the target's host and the Host field differ")
     return None
 

@@ -10,6 +10,7 @@ needs to tell who asks: a client must not be able to have us remove those.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final, Generic, TypeVar
 
 from penstock.ingress.decide import Aim, read
@@ -19,13 +20,13 @@ from penstock.wire.http1 import (
     Framing,
     RequestHead,
     ResponseHead,
-    encode_head,
     parse_request_head,
     parse_response_head,
 )
 from penstock.wire.routing import GUEST_PORT, Target
 
 KEPT_MAX: Final = 512  # distinct heads remembered per kind; then all are forgotten at once, which needs no bookkeeping
+SEEN_MAX: Final = 4096  # hashes of heads seen once
 KEPT_BYTES_MAX: Final = 2048  # of one head; a longer one is parsed each time
 
 _HOP: Final = frozenset(
@@ -62,63 +63,74 @@ class Asked:
 class Answered:
     """A response head with what is sent for it: `keep` on a connection that goes on, `close` on its last."""
 
-    __slots__ = ("close", "head", "keep", "result")
+    __slots__ = ("_close", "head", "keep", "result")
 
     def __init__(self, head: ResponseHead) -> None:
         self.head = head
         self.result = f"{head.status // 100}xx"
         self.keep = response_bytes(head, connection=b"")
-        self.close = response_bytes(head, connection=b"close")
+        self._close: bytes | None = None
 
-
-V = TypeVar("V")
-
-
-class _Memory(Generic[V]):
-    """At most KEPT_MAX values by the bytes of their head."""
-
-    __slots__ = ("_kept",)
-
-    def __init__(self) -> None:
-        self._kept: dict[bytes, V] = {}
-
-    def get(self, raw: bytes) -> V | None:
-        return self._kept.get(raw)
-
-    def put(self, raw: bytes, value: V) -> V:
-        if len(raw) <= KEPT_BYTES_MAX:
-            if len(self._kept) >= KEPT_MAX:
-                self._kept.clear()
-            self._kept[raw] = value
-        return value
+    @property
+    def close(self) -> bytes:
+        if self._close is None:
+            self._close = response_bytes(self.head, connection=b"close")
+        return self._close
 
 
 class Heads:
     """Both directions. `raw` is one whole head, its empty line included."""
 
     def __init__(self) -> None:
-        self._asked: _Memory[Asked] = _Memory()
-        self._answered: _Memory[Answered] = _Memory()
-        self._answered_head: _Memory[Answered] = _Memory()  # to HEAD requests: same bytes, no body
+        self._asked: _Memory[Asked] = _Memory(lambda raw: Asked(_whole(parse_request_head(raw))))
+        self._answered: _Memory[Answered] = _Memory(lambda raw: Answered(_whole(parse_response_head(raw))))
+        # Replies to HEAD: the same bytes, and no body.
+        self._answered_head: _Memory[Answered] = _Memory(
+            lambda raw: Answered(_whole(parse_response_head(raw, method=b"HEAD")))
+        )
 
     def asked(self, raw: bytes) -> Asked:
         """Raises BadRequest."""
-        kept = self._asked.get(raw)
-        if kept is not None:
-            return kept
-        head = parse_request_head(raw)
-        assert head is not None, "called with a whole head"
-        return self._asked.put(raw, Asked(head))
+        return self._asked.kept.get(raw) or self._asked.make(raw)
 
     def answered(self, raw: bytes, *, to_head: bool = False) -> Answered:
         """Raises BadRequest with status 502."""
         memory = self._answered_head if to_head else self._answered
-        kept = memory.get(raw)
-        if kept is not None:
-            return kept
-        head = parse_response_head(raw, method=b"HEAD" if to_head else b"GET")
-        assert head is not None, "called with a whole head"
-        return memory.put(raw, Answered(head))
+        return memory.kept.get(raw) or memory.make(raw)
+
+
+V = TypeVar("V")
+H = TypeVar("H", RequestHead, ResponseHead)
+
+
+class _Memory(Generic[V]):
+    """Keeps a value from the second time on that its head is seen: most heads of some clients are never seen again."""
+
+    __slots__ = ("_make", "_seen", "kept")
+
+    def __init__(self, make: Callable[[bytes], V]) -> None:
+        self._make = make
+        self.kept: dict[bytes, V] = {}
+        self._seen: set[int] = set()
+
+    def make(self, raw: bytes) -> V:
+        value = self._make(raw)
+        if len(raw) <= KEPT_BYTES_MAX:
+            mark = hash(raw)  # keyed per process; a collision only keeps a head one time too early
+            if mark in self._seen:
+                if len(self.kept) >= KEPT_MAX:
+                    self.kept.clear()
+                self.kept[raw] = value
+            else:
+                if len(self._seen) >= SEEN_MAX:
+                    self._seen.clear()
+                self._seen.add(mark)
+        return value
+
+
+def _whole(head: H | None) -> H:
+    assert head is not None, "called with a whole head"
+    return head
 
 
 def request_bytes(
@@ -127,7 +139,7 @@ def request_bytes(
     """The request as the sandbox will read it: always HTTP/1.1 and origin form; `host` replaces the Host field."""
     fields = _end_to_end(head.fields)
     if host is not None:
-        fields = [(name, value) for name, value in fields if name not in (b"host", b"x-forwarded-host")]
+        fields = [field for field in fields if field[0] not in (b"host", b"x-forwarded-host")]
         fields[:0] = [(b"host", host), (b"x-forwarded-host", forwarded_host or b"")]
     elif head.minor == 0 and not head.header(b"host"):
         fields.insert(0, (b"host", b""))  # HTTP/1.1 wants one, also an empty one
@@ -137,7 +149,7 @@ def request_bytes(
         fields.append((b"content-length", b"%d" % head.content_length))
     if upgrade and head.upgrade is not None:
         fields += [(b"connection", b"upgrade"), (b"upgrade", head.header(b"upgrade"))]
-    return encode_head(b"%b %b HTTP/1.1" % (head.method, _origin(head)), fields)
+    return _join(b"%b %b HTTP/1.1\r\n" % (head.method, _origin(head)), fields)
 
 
 def response_bytes(head: ResponseHead, *, connection: bytes, chunked: bool = True) -> bytes:
@@ -154,7 +166,7 @@ def response_bytes(head: ResponseHead, *, connection: bytes, chunked: bool = Tru
         fields += [(b"connection", b"upgrade"), (b"upgrade", head.header(b"upgrade"))]
     elif connection:
         fields.append((b"connection", connection))
-    return encode_head(b"HTTP/1.1 %d %b" % (head.status, head.reason), fields)
+    return _join(b"HTTP/1.1 %d %b\r\n" % (head.status, head.reason), fields)
 
 
 def mask(pattern: str, port: int) -> bytes:
@@ -165,17 +177,21 @@ def mask(pattern: str, port: int) -> bytes:
     return host
 
 
+def _join(first_line: bytes, fields: list[Field]) -> bytes:
+    """A head of fields that the strict parser has passed, or that we made: none holds a byte that ends a line."""
+    return b"%b%b\r\n" % (first_line, b"".join([b"%b: %b\r\n" % field for field in fields]))
+
+
 def _end_to_end(fields: list[Field]) -> list[Field]:
-    named = _HOP
-    for name, value in fields:
-        if name == b"connection":
-            options = {option.strip(b" \t").lower() for option in value.split(b",")}
-            if not options <= _COMMON_OPTIONS:
-                named = named | (options - _NEVER_NAMED)
-    return [field for field in fields if field[0] not in named]
+    dropped = _HOP
+    for options in [value for name, value in fields if name == b"connection"]:
+        if options not in _COMMON_OPTIONS:
+            named = {option.strip(b" \t").lower() for option in options.split(b",")}
+            dropped = dropped | (named - _NEVER_NAMED)
+    return [field for field in fields if field[0] not in dropped]
 
 
-_COMMON_OPTIONS: Final = frozenset({b"close", b"keep-alive", b"upgrade"})
+_COMMON_OPTIONS: Final = frozenset({b"close", b"keep-alive", b"Keep-Alive", b"Upgrade", b"upgrade"})
 
 
 def _origin(head: RequestHead) -> bytes:

@@ -2,8 +2,8 @@
 
 A socket belongs to the namespace in which it was created and works from anywhere afterwards, so entering is a matter of
 two system calls around `socket()`. That happens on the loop's own thread, synchronously: nothing else runs in between,
-and a thread per dial would cost ten times as much. If the way back failed the process would serve from inside a sandbox,
-so it ends instead.
+and a thread per dial would cost ten times as much. If the way back failed, the process would serve from inside a
+sandbox, so it ends instead.
 
 A namespace lives as long as somebody holds a descriptor of it: ours are few, closed when the sandbox leaves the table.
 """

@@ -1,7 +1,8 @@
 """What a client's and an upstream's end of an exchange have in common: reading that can be held back, and a reset.
 
-One read buffer serves every connection: a protocol copies what arrived before it returns. It bounds, with the write
-buffer's high mark, what is held per direction: READ_BYTES + WRITE_HIGH_BYTES = 192 KiB.
+What is held per direction is one read of the loop and the other side's write buffer, whose high mark is low on
+purpose: a write beyond it is tried at once, and if the kernel does not take it all, reading stops. uvloop reads 250 KiB
+at once, so that makes 254 KiB; and only for a peer that is slower than the kernel's own buffers.
 """
 
 from __future__ import annotations
@@ -11,15 +12,13 @@ import socket
 import struct
 from typing import Final, cast
 
-READ_BYTES: Final = 128 * 1024
-WRITE_HIGH_BYTES: Final = 64 * 1024
+READ_BYTES_MAX: Final = 256 * 1024  # of one read, in either loop
+WRITE_HIGH_BYTES: Final = 4 * 1024
 
-_BUFFER: Final = bytearray(READ_BYTES)
-_VIEW: Final = memoryview(_BUFFER)
 _LINGER_ZERO: Final = struct.pack("ii", 1, 0)
 
 
-class Pipe(asyncio.BufferedProtocol):
+class Pipe(asyncio.Protocol):
     """One end. `read_paused` is ours to set, `write_paused` the transport's."""
 
     __slots__ = ("read_paused", "transport", "write_paused")
@@ -33,12 +32,6 @@ class Pipe(asyncio.BufferedProtocol):
         # A cast, not a check: uvloop's transports have the methods and not the base class.
         self.transport = cast(asyncio.Transport, transport)
         self.transport.set_write_buffer_limits(high=WRITE_HIGH_BYTES)
-
-    def get_buffer(self, sizehint: int) -> bytearray:
-        return _BUFFER
-
-    def buffer_updated(self, nbytes: int) -> None:
-        self.data_received(bytes(_VIEW[:nbytes]))
 
     def data_received(self, data: bytes) -> None:
         raise NotImplementedError

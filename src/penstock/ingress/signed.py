@@ -2,7 +2,7 @@
 
 Under one base URL for every sandbox, the SDKs make signed URLs without any sandbox id (spec/e2b-sdk.md 0.8). The
 signature covers the sandbox's access token, so the sandbox is the one whose token makes it: recomputed over those that
-live, 3 µs each. That is linear, so it is bounded: one search at a time, in slices that let other work go on between them,
+live, 3 µs each. That is linear, so it is bounded: one search at a time, in slices that let other work go on in between,
 a bounded queue, and what was found is remembered. What was not found is not: an attacker would only fill the memory.
 """
 
