@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
 import signal
@@ -21,6 +22,8 @@ from penstock.model.sandbox import EgressRules
 from penstock.node.linux import netns
 from penstock.node.linux.claims import Claims
 from penstock.node.linux.network import LinuxNetwork, NotTheSlot
+from penstock.node.linux.traces import NetworkTraces, read_traces
+from penstock.node.linux.uplink import AddressTaken
 from penstock.node.ports import Slot
 
 pytestmark = pytest.mark.root
@@ -77,6 +80,19 @@ async def open_slot(network: LinuxNetwork, number: int, rules: EgressRules = OPE
     slot = await network.create_slot(number)
     await network.apply(number, rules)
     return slot
+
+
+def open_files() -> set[str]:
+    """What the descriptors of this process stand for; the listing's own is gone again."""
+    found = set()
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            found.add(os.readlink(f"/proc/self/fd/{name}"))
+    return found
+
+
+def start_inside(netns_fd: int) -> subprocess.Popen[bytes]:
+    return inside(netns_fd, lambda: subprocess.Popen(["sleep", "60"]))
 
 
 async def test_a_slot_reaches_the_internet_under_the_hosts_address(network: LinuxNetwork) -> None:
@@ -319,14 +335,14 @@ async def test_a_destroyed_slot_leaves_nothing(network: LinuxNetwork) -> None:
         conn.recv(10)
     assert slot.address in run(network.router_fd, "nft", "list", "ruleset")
     assert network.list_slots() == {0, 3}
+    namespaces = {os.readlink(f"/proc/self/fd/{fd}") for fd in (slot.netns_fd, slot.userns_fd)}
+    assert namespaces <= open_files()
     await network.destroy_slot(0, within_s=5)
     after = (run(network.router_fd, "nft", "list", "ruleset"), run(network.router_fd, "ip", "-br", "link"))
     assert _without_counters(after) == _without_counters(before)
     assert slot.address not in run(network.router_fd, "cat", "/proc/net/nf_conntrack", check=False)
     assert network.list_slots() == {3}
-    for fd in (slot.netns_fd, slot.userns_fd):
-        with pytest.raises(OSError):
-            os.fstat(fd)
+    assert namespaces.isdisjoint(open_files())
     await network.destroy_slot(0, within_s=5)  # absent is success
     again = await network.create_slot(0)
     assert outcome(again.netns_fd, SERVER, 80) == "refused"
@@ -471,6 +487,44 @@ async def test_closing_for_good_leaves_the_host_as_it_was(lab: Lab, tmp_path: Pa
     assert state() == before
     assert not (tmp_path / "gone00" / "router").exists()
     assert list((tmp_path / "host" / "claims").iterdir()) == []
+
+
+async def test_traces_are_read_with_the_daemon_away(lab: Lab, tmp_path: Path) -> None:
+    path = str(tmp_path / "trace0" / "router")
+
+    def traces() -> NetworkTraces:
+        return read_traces("trace0", path, host_fd=lab.host)
+
+    assert traces().nothing
+    network = installation(lab, tmp_path, "trace0")
+    await network.open()
+    slot = await open_slot(network, 7)
+    holder = start_inside(slot.netns_fd)
+    await network.close(destroy=False)
+    try:
+        found = traces()
+        assert (found.router, found.uplink, found.table) == (True, "pktrace0", "penstock_trace0")
+        assert (found.slots, found.addresses) == ({7}, {slot.address})
+        looking = installation(lab, tmp_path, "trace0")
+        assert looking.list_slots() == {7}
+        assert installation(lab, tmp_path, "other0").list_slots() == set()
+        assert read_traces("others", path + "x", host_fd=lab.host).nothing
+    finally:
+        holder.kill()
+        holder.wait()
+        again = installation(lab, tmp_path, "trace0")
+        await again.open()
+        await destroy(again)
+    assert traces().nothing
+
+
+async def test_a_failed_opening_leaves_the_host_as_it_was(lab: Lab, tmp_path: Path) -> None:
+    run(lab.host, "ip", "route", "add", "10.201.252.0/24", "via", netlab.OUTSIDE)
+    network = installation(lab, tmp_path, "clash0")
+    with pytest.raises(AddressTaken, match="in use on this host"):
+        await network.open()
+    assert read_traces("clash0", str(tmp_path / "clash0" / "router"), host_fd=lab.host).nothing
+    await network.close(destroy=True)
 
 
 async def test_a_host_without_a_default_route_gets_no_uplink(lab: Lab, tmp_path: Path) -> None:

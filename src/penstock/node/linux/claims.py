@@ -139,6 +139,13 @@ class Claims:
             self._write(claim)
             return _block(claim)
 
+    def block_of(self, installation: str) -> Block | None:
+        """The block an installation has, only looked at: no lock (claims are replaced whole), nothing made."""
+        try:
+            return _block(msgspec.json.decode(self._path(installation).read_bytes(), type=_Claim))
+        except FileNotFoundError:
+            return None
+
     def release(self, installation: str) -> None:
         """Give the block back. Absent is success."""
         with self.locked():

@@ -58,6 +58,7 @@ _RTA_DESTINATION: Final = 1
 _RTA_OUT: Final = 4
 _RTA_GATEWAY: Final = 5
 _RTA_PRIORITY: Final = 6
+_RTA_MULTIPATH: Final = 9
 _RTNH_F_ONLINK: Final = 4
 _SCOPE_LINK: Final = 253
 _LAST_RESORT: Final = 1_000_000
@@ -75,6 +76,7 @@ class Route(NamedTuple):
     network: str  # address of the destination; "0.0.0.0" for the default
     prefix: int
     link_index: int
+    metric: int = 0  # the least wins
 
 
 @dataclass(frozen=True)
@@ -198,15 +200,19 @@ def namespace_id(router: Netlink, netns_fd: int) -> int:
 
 
 def list_routes(router: Netlink) -> list[Route]:
-    """IPv4 routes of the main table that leave by one link."""
+    """IPv4 routes of the main table; one over several links counts by its first."""
     found: list[Route] = []
     body = _ROUTE_HEAD.pack(socket.AF_INET, 0, 0, 0, 0, 0, 0, 0, 0)
     for payload in router.dump(Message(_GET_ROUTE, 0, body, "routes")):
         _, prefix, _, _, table, *_ = _ROUTE_HEAD.unpack_from(payload)
         parts = dict(attributes(payload[_ROUTE_HEAD.size :]))
-        if table == _TABLE_MAIN and _RTA_OUT in parts:
+        index = (
+            parts.get(_RTA_OUT) or parts.get(_RTA_MULTIPATH, b"")[4:8]
+        )  # struct rtnexthop: the index is its 2nd word
+        if table == _TABLE_MAIN and len(index) == 4:
             network = socket.inet_ntoa(parts.get(_RTA_DESTINATION, bytes(4)))
-            found.append(Route(network, prefix, struct.unpack("=i", parts[_RTA_OUT])[0]))
+            metric = struct.unpack("=I", parts[_RTA_PRIORITY])[0] if _RTA_PRIORITY in parts else 0
+            found.append(Route(network, prefix, struct.unpack("=i", index)[0], metric))
     return found
 
 

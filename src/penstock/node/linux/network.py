@@ -34,6 +34,7 @@ from penstock.node.linux.claims import Block, Claims
 from penstock.node.linux.dns import DnsProxy
 from penstock.node.linux.netlink import NETLINK_ROUTE
 from penstock.node.linux.router import Router, Wires, Workbench, build_slot
+from penstock.node.linux.traces import read_traces
 from penstock.node.linux.uplink import Uplink, UplinkState
 from penstock.node.ports import Slot
 
@@ -122,16 +123,27 @@ class LinuxNetwork:
     async def open(self) -> None:
         assert self._threads is None, "the network was opened twice"
         self._host_fd = netns.current() if self._foreign_host_fd is None else os.dup(self._foreign_host_fd)
-        self._opener = ThreadPoolExecutor(1, "network-open")
+        opener = ThreadPoolExecutor(1, "network-open")
         try:
-            await self._run_on(self._opener, self._open_router, OPEN_S, "router namespace")
+            await self._run_on(opener, self._open_router, OPEN_S, "router namespace")
+        except BaseException:
+            opener.submit(self._abandon).result()
+            raise
         finally:
-            self._opener.shutdown(wait=False)
+            opener.shutdown(wait=False)
         self._threads = ThreadPoolExecutor(THREADS, "network", initializer=lambda: self._bench.enter(self._router.fd))
         self._deleter = ThreadPoolExecutor(1, "network-delete", initializer=lambda: self._bench.enter(self._router.fd))
         self._read_back()
         asyncio.get_running_loop().add_reader(self._news.fileno(), self._read_news)
         await self._dns.open()
+
+    def _abandon(self) -> None:
+        """After a failed `open`: a router found stays, since sandboxes may live behind it; one just made goes."""
+        if self._router.made:
+            self._uplink().remove()
+            self._router.destroy()
+        self._router.close()
+        os.close(self._host_fd)
 
     def _open_router(self) -> None:
         """Everything of `open` that may block, on a thread that may stray."""
@@ -307,7 +319,9 @@ class LinuxNetwork:
         return held.slot
 
     def list_slots(self) -> set[int]:
-        """Links and elements; a few milliseconds at a thousand slots."""
+        """Links and elements; a few milliseconds at a thousand slots. Works before `open` too, only looking."""
+        if self._threads is None:
+            return self._list_unopened()
         numbers = (links.slot_of(each.name) for each in links.list_links(self._wires.route))
         found = {number for number in numbers if number is not None}
         for address in egress.present(self._wires.tables):
@@ -315,6 +329,12 @@ class LinuxNetwork:
             if number is not None:
                 found.add(number)
         return found
+
+    def _list_unopened(self) -> set[int]:
+        traces = read_traces(self._installation, self._router.path, host_fd=self._foreign_host_fd)
+        block = self._claims.block_of(self._installation)
+        known = (block.number_at(address) for address in traces.addresses) if block is not None else ()
+        return set(traces.slots) | {number for number in known if number is not None}
 
     async def close(self, *, destroy: bool) -> None:
         """Idempotent. With `destroy`, whatever slots are left lose their links with the router. Verified."""

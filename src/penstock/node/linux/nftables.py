@@ -31,6 +31,8 @@ _SUBSYSTEM_NFTABLES: Final = 10
 _NEW_ELEMENT: Final = _SUBSYSTEM_NFTABLES << 8 | 12
 _GET_ELEMENT: Final = _SUBSYSTEM_NFTABLES << 8 | 13
 _DELETE_ELEMENT: Final = _SUBSYSTEM_NFTABLES << 8 | 14
+_GET_TABLE: Final = _SUBSYSTEM_NFTABLES << 8 | 1
+_TABLE_NAME: Final = 1
 _NEW_RULE: Final = _SUBSYSTEM_NFTABLES << 8 | 6
 _FAMILY_INET: Final = 1
 
@@ -165,6 +167,17 @@ class NfTables:
         body = _head(_FAMILY_INET) + attribute(_LIST_TABLE, self._table)
         body += attribute(_LIST_SET, set_name.encode() + b"\0")
         return body + nested(_LIST_ELEMENTS, *(nested(1, _pack(element)) for element in elements))
+
+
+def list_tables() -> set[str]:
+    """Names of the `inet` tables in the namespace of the calling thread."""
+    netlink = Netlink(NETLINK_NETFILTER)
+    try:
+        found = netlink.dump(Message(_GET_TABLE, 0, _head(_FAMILY_INET), "tables"))
+    finally:
+        netlink.close()
+    names = (value for payload in found for kind, value in attributes(payload[4:]) if kind == _TABLE_NAME)
+    return {name.rstrip(b"\0").decode() for name in names}
 
 
 def _head(family: int, resource: int = 0) -> bytes:

@@ -59,7 +59,7 @@ class Uplink:
 
     def _open(self, host: Netlink) -> UplinkState:
         routes = links.list_routes(host)
-        way_out = next((each for each in routes if each.prefix == 0), None)
+        way_out = min((each for each in routes if each.prefix == 0), key=lambda each: each.metric, default=None)
         out = links.find_link(host, index=way_out.link_index) if way_out else None
         if out is None:
             self.remove()
