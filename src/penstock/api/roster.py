@@ -15,7 +15,7 @@ _DYING = frozenset({Phase.STOPPING, Phase.UNWINDING, Phase.QUARANTINED})
 
 
 class Roster:
-    """Subscribes to both views at construction; they must be started by their owner."""
+    """Takes up both views at construction; starting them is their owner's, before or after."""
 
     def __init__(self, specs: View[SandboxSpec], statuses: View[SandboxStatus]) -> None:
         self.specs, self.statuses = specs, statuses
@@ -23,6 +23,8 @@ class Roster:
         self._team_of: dict[SandboxId, TeamId] = {}
         specs.subscribe(self._spec_changed)
         statuses.subscribe(self._status_changed)
+        for sandbox, spec in specs.items():
+            self._spec_changed(sandbox, spec)  # those of before: subscribing tells only of what comes
 
     def count(self, team: TeamId) -> int:
         return len(self._live.get(team, {}))

@@ -15,14 +15,17 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, NoReturn
 
 from penstock.core.deadlines import DeadlinePassed
 from penstock.core.errors import PenstockError
 
 START_WITHIN_S: Final = 15.0
+RESTART_BASE_S: Final = 0.1
+RESTART_CAP_S: Final = 5.0
 _POLL_S: Final = 0.01  # the children announce themselves by a file; nobody but us waits for it
 
 
@@ -94,6 +97,48 @@ async def start(name: str, argv: list[str], *, pid_file: Path, log: Path) -> Chi
         process.kill()
         process.wait()
         raise
+
+
+async def keep(child: Child, restart: Callable[[], Awaitable[Child]], *, log: Callable[[str], None]) -> NoReturn:
+    """Until cancelled: when the process dies, start it anew. Waits on its pidfd, never by looking again and again.
+
+    A start that fails is tried again after a pause that doubles up to RESTART_CAP_S; it never gives up, because
+    without this process no sandbox can be reached (ingress) or started (zygote).
+    """
+    failures = 0
+    while True:
+        await ended(child)
+        log(f"the {child.name}, pid {child.pid}, has died; starting it anew")
+        while True:
+            try:
+                child = await restart()
+                failures = 0
+                break
+            except PenstockError as error:
+                failures += 1
+                log(f"the {child.name} could not be started: {error}")
+                await asyncio.sleep(min(RESTART_CAP_S, RESTART_BASE_S * 2**failures))
+
+
+async def ended(child: Child) -> None:
+    """Return when the process is gone; it is reaped if it was ours."""
+    pidfd = child.open()
+    if pidfd is None:
+        return
+    loop = asyncio.get_running_loop()
+    gone = loop.create_future()
+    loop.add_reader(pidfd, _tell, gone)
+    try:
+        await gone
+        _reap(pidfd)
+    finally:
+        loop.remove_reader(pidfd)
+        os.close(pidfd)
+
+
+def _tell(gone: asyncio.Future[None]) -> None:
+    if not gone.done():
+        gone.set_result(None)
 
 
 def module(name: str, *arguments: str) -> list[str]:

@@ -11,7 +11,7 @@ import contextlib
 import json
 import os
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -71,6 +71,7 @@ class Daemon:
         self._rng = random.SystemRandom()
         self._registry = CollectorRegistry()
         self._crew = Crew("daemon")
+        self._keepers: list[asyncio.Task[None]] = []
         self._closers: list[tuple[str, Callable[[OnStop], Awaitable[None]]]] = []
 
     async def start(self, *, serve: bool = True) -> None:
@@ -106,6 +107,7 @@ class Daemon:
         self._edges = Edges(self.settings, self.folder)
         await self._edges.open(self._say)
         self._closes("zygote and edges", self._close_edges)
+        self._keep("zygote", self._edges.keep(log.warning))
         await self._start_node()
         self._closes("node", self._close_node)
 
@@ -126,6 +128,8 @@ class Daemon:
         Raises one ExceptionGroup with all closers' errors when any failed; the others have run all the same.
         """
         self._ready, self.stopping = False, True
+        for keeper in self._keepers:  # first of all: what we end now must not be started anew
+            keeper.cancel()
         self.folder.daemon_file.unlink(missing_ok=True)
         errors: list[Exception] = []
         while self._closers:
@@ -228,26 +232,33 @@ class Daemon:
     async def _start_ingress(self) -> None:
         self._feed = FeedServer(self._source, self.folder.feed_socket, prefixes=FEED_PREFIXES)
         await self._feed.serve(self._crew)
-        file, settings = self.folder.ingress_file, self.settings
-        child = self._ingress
-        if child is None:
+        if self._ingress is None:
             self._say("starting the ingress")
-            argv = ["--data", str(self.folder.path), "--listen", settings.ingress, "--tls", settings.tls]
-            argv += ["--domain", settings.domain]
-            if settings.tls_cert:
-                argv += ["--cert", settings.tls_cert, "--key", settings.tls_key]
-            child = await children.start(
-                "ingress",
-                children.module("penstock.run.ingress", *argv),
-                pid_file=file,
-                log=self.folder.run / "ingress.log",
-            )
+            self._ingress = await self._run_ingress(self.settings.ingress, self.settings.tls)
         else:
-            self._say(f"taking over the running ingress, pid {child.pid}")
-        self._ingress = child
-        told = json.loads(file.read_text())
+            self._say(f"taking over the running ingress, pid {self._ingress.pid}")
+        told = json.loads(self.folder.ingress_file.read_text())
         self.ingress_url, self.tls_url = told["url"], told.get("tls_url", "")
         self.ca_file = told.get("ca_file", "")
+        self._keep("ingress", children.keep(self._ingress, self._restart_ingress, log=log.warning))
+
+    async def _restart_ingress(self) -> children.Child:
+        """At the addresses it had: clients and printed variables name them."""
+        plain, secure = (url.rpartition("//")[2] for url in (self.ingress_url, self.tls_url))
+        self._ingress = await self._run_ingress(plain, secure)
+        return self._ingress
+
+    async def _run_ingress(self, listen: str, tls: str) -> children.Child:
+        settings = self.settings
+        argv = ["--data", str(self.folder.path), "--listen", listen, "--tls", tls, "--domain", settings.domain]
+        if settings.tls_cert:
+            argv += ["--cert", settings.tls_cert, "--key", settings.tls_key]
+        return await children.start(
+            "ingress",
+            children.module("penstock.run.ingress", *argv),
+            pid_file=self.folder.ingress_file,
+            log=self.folder.run / "ingress.log",
+        )
 
     def _domain(self) -> str:
         """The domain that SDKs append to `<port>-<id>.`, with the TLS listener's port unless it is 443."""
@@ -265,6 +276,9 @@ class Daemon:
         )
 
     # ---- closers ------------------------------------------------------------------------------------------------
+
+    def _keep(self, name: str, keeping: Coroutine[Any, Any, None]) -> None:
+        self._keepers.append(self._crew.spawn(keeping, name=f"keep the {name}"))
 
     def _closes(self, name: str, close: Callable[[OnStop], Awaitable[None]]) -> None:
         self._closers.append((name, close))

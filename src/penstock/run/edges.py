@@ -7,6 +7,9 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
+import msgspec
+
+from penstock.node.linux.at_rest import NetworkAtRest
 from penstock.node.linux.cgroups import LinuxCgroups
 from penstock.node.linux.disks import LinuxDisks
 from penstock.node.linux.files import LinuxFiles
@@ -65,12 +68,21 @@ class Edges:
             say(f"taking over the running zygote, pid {self._zygote.pid}")
             return
         say("starting the zygote")
+        await self._start_zygote()
+
+    async def keep(self, log: Callable[[str], None]) -> None:
+        """Until cancelled: a zygote that dies is replaced; running sandboxes do not notice."""
+        assert self._zygote is not None
+        await children.keep(self._zygote, self._start_zygote, log=log)
+
+    async def _start_zygote(self) -> children.Child:
         self._zygote = await children.start(
             "zygote",
             children.module("penstock.run.zygote", str(self._folder.path)),
             pid_file=self._folder.zygote_file,
             log=self._folder.run / "zygote.log",
         )
+        return self._zygote
 
     async def close(self, *, destroy: bool) -> None:
         """Idempotent. With `destroy`, our cgroup folders go too, and the zygote."""
@@ -84,6 +96,10 @@ class Edges:
 
 
 def read_only_ports(folder: DataFolder) -> Ports:
-    """The same adapters for looking only: no zygote, no thread at work, nothing opened or made."""
-    edges = Edges(Settings(data=str(folder.path), uplink=False), folder)
-    return edges.ports
+    """Adapters for looking only: no zygote, no network opened, nothing made. Works while a daemon runs, and without."""
+    edges = Edges(Settings(data=str(folder.path)), folder)
+    return msgspec.structs.replace(edges.ports, network=network_at_rest(folder))
+
+
+def network_at_rest(folder: DataFolder) -> NetworkAtRest:
+    return NetworkAtRest(installation=folder.installation, router_path=str(folder.router))

@@ -8,9 +8,10 @@ from typing import Final
 
 from penstock.cli.show import as_json, table
 from penstock.node.reap import Leak, find_leaks
+from penstock.run import children
 from penstock.run.datafolder import DataFolder
 from penstock.run.down import NotAnInstallation
-from penstock.run.edges import read_only_ports
+from penstock.run.edges import network_at_rest, read_only_ports
 
 LOOKS: Final = 3
 PAUSE_S: Final = 0.3
@@ -33,10 +34,23 @@ def main(data: Path, *, json: bool) -> int:
 def look(folder: DataFolder) -> list[Leak]:
     """Findings that several looks in a row agree on: a daemon at work has moments between record and object."""
     ports = read_only_ports(folder)
-    found = set(find_leaks(ports))
+    found = set(find_leaks(ports)) | set(_of_the_installation(folder))
     for _ in range(LOOKS - 1):
         if not found:
             break
         time.sleep(PAUSE_S)
-        found &= set(find_leaks(ports))
+        found &= set(find_leaks(ports)) | set(_of_the_installation(folder))
     return sorted(found)
+
+
+def _of_the_installation(folder: DataFolder) -> list[Leak]:
+    """What belongs to no sandbox (router, uplink, host table, zygote): a leak once nothing of us runs any more."""
+    files = (folder.daemon_file, folder.zygote_file, folder.ingress_file)
+    if any(children.find(file.stem, file) is not None for file in files):
+        return []
+    traces, why = network_at_rest(folder).traces(), "no process of this installation runs"
+    return [
+        *([Leak("router", str(folder.router), why)] if traces.router else []),
+        *([Leak("link", traces.uplink, why)] if traces.uplink else []),
+        *([Leak("nft table", traces.table, why)] if traces.table else []),
+    ]
