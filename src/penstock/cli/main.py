@@ -95,17 +95,18 @@ def env(data: Data = None, json: Json = False) -> None:
 @fails_clearly
 def doctor(data: Data = None, json: Json = False) -> None:
     """Probe what this machine can do, by doing it; names cause and fix for each gap."""
-    from penstock.run.doctor import main as run_doctor
+    from penstock.cli.doctor import main as run_doctor
+    from penstock.cli.profile import data_of
 
-    raise SystemExit(run_doctor(data, json=json))
+    raise SystemExit(run_doctor(data_of(data), json=json))
 
 
 @app.command()
 @fails_clearly
 def leaks(data: Data = None, json: Json = False) -> None:
     """Compare the kernel with the records, daemon or no daemon. Exit code 0: nothing leaked."""
+    from penstock.cli.leaks import main as run_leaks
     from penstock.cli.profile import data_of
-    from penstock.run.leaks import main as run_leaks
 
     raise SystemExit(run_leaks(data_of(data), json=json))
 

@@ -13,10 +13,12 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
+from penstock.core.deadlines import within
 from penstock.core.errors import Kind, PenstockError
 
 Answer = Callable[[dict[str, Any]], AsyncIterator[dict[str, Any]]]
 LINE_BYTES_MAX: Final = 64 * 1024
+QUESTION_S: Final = 5.0
 
 
 class DoorClosed(PenstockError):
@@ -31,14 +33,15 @@ async def serve(path: Path, answer: Answer) -> asyncio.Server:
 
     async def visit(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            asked = json.loads(await asyncio.wait_for(reader.readline(), 5.0))
+            async with within(QUESTION_S, "a question at the door"):
+                asked = json.loads(await reader.readline())
             async for line in answer(asked):
                 writer.write(json.dumps(line).encode() + b"\n")
                 await writer.drain()
-        except PenstockError as error:
-            writer.write(json.dumps({"error": str(error)}).encode() + b"\n")
         except (ValueError, TimeoutError, ConnectionError):
             pass  # Safe: a visitor that says nothing sensible gets nothing.
+        except PenstockError as error:
+            writer.write(json.dumps({"error": str(error)}).encode() + b"\n")
         finally:
             writer.close()
 

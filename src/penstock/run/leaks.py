@@ -1,4 +1,4 @@
-"""`penstock leaks`: kernel against records, with or without a daemon. Exit code 0: nothing leaked, 1: something did."""
+"""Kernel against records, with a daemon or without: what `penstock leaks` shows."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import time
 from pathlib import Path
 from typing import Final
 
-from penstock.cli.show import as_json, table
 from penstock.node.reap import Leak, find_leaks
 from penstock.run import children
 from penstock.run.datafolder import DataFolder
@@ -17,22 +16,14 @@ LOOKS: Final = 3
 PAUSE_S: Final = 0.3
 
 
-def main(data: Path, *, json: bool) -> int:
+def look(data: Path) -> list[Leak]:
+    """Findings that several looks in a row agree on: a daemon at work has moments between record and object.
+
+    Blocks for milliseconds when there are none, a second when there are. Raises NotAnInstallation.
+    """
     folder = DataFolder(str(data))
     if not folder.exists:
         raise NotAnInstallation("no installation", which=str(data), now="name its folder with --data")
-    found = look(folder)
-    if json:
-        as_json([{"kind": leak.kind, "name": leak.name, "why": leak.why} for leak in found])
-    elif found:
-        table(["KIND", "NAME", "WHY"], [[leak.kind, leak.name, leak.why] for leak in found], empty="")
-    else:
-        print("no leaks")
-    return 1 if found else 0
-
-
-def look(folder: DataFolder) -> list[Leak]:
-    """Findings that several looks in a row agree on: a daemon at work has moments between record and object."""
     ports = read_only_ports(folder)
     found = set(find_leaks(ports)) | set(_of_the_installation(folder))
     for _ in range(LOOKS - 1):
