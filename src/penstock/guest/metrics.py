@@ -26,9 +26,10 @@ class Used(NamedTuple):
     memory_bytes: int  # resident
 
 
-def register(parts: Parts, *, memory_bytes_total: int = 0, cpu_count: int = 0) -> None:
-    """Serve /metrics. The limits of the sandbox, 0 where they are not known."""
-    metrics = Metrics(parts.clock, memory_bytes_total=memory_bytes_total, cpu_count=cpu_count)
+def register(parts: Parts) -> None:
+    """Serve /metrics, within the limits of the sandbox as far as they are known."""
+    settings = parts.settings
+    metrics = Metrics(parts.clock, memory_bytes_total=settings.memory_bytes_total, cpu_count=settings.cpu_count)
 
     async def serve(exchange: Exchange) -> None:
         await exchange.respond_json(200, metrics.read(), [(b"cache-control", b"no-store")])

@@ -23,6 +23,8 @@ class Settings:
         self.user: str = config.get("user") or USER_DEFAULT
         self.workdir: str = config.get("workdir") or ""  # empty: the user's home
         self.env: dict[str, str] = dict(config.get("env") or {})
+        self.cpu_count: int = config.get("cpu_count") or 0  # limits of the sandbox; 0: those of the machine
+        self.memory_bytes_total: int = config.get("memory_bytes_total") or 0
 
     @property
     def own_env(self) -> dict[str, str]:

@@ -147,4 +147,6 @@ def _guest(spec: SandboxSpec, build: Build, means: Means) -> GuestConfig:
         user=build.user,
         workdir=build.workdir,
         hostname=spec.id,
+        cpu_count=max(1, spec.limits.cpu_milli // 1000),
+        memory_bytes_total=spec.limits.memory_bytes_max,
     )

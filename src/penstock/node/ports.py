@@ -59,6 +59,8 @@ class GuestConfig(msgspec.Struct, frozen=True, kw_only=True):
     user: str
     workdir: str
     hostname: str
+    cpu_count: int = 0  # what /metrics shows as the sandbox's own; 0: the machine's
+    memory_bytes_total: int = 0
 
 
 class LaunchOrder(msgspec.Struct, frozen=True, kw_only=True):

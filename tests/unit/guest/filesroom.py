@@ -76,7 +76,8 @@ async def open_room(folder: Path, *, token: str | None = None) -> AsyncIterator[
     os.chown(home, UID, GID)
     (folder / "passwd").write_text(f"root:x:0:0:root:{folder}:/bin/sh\nuser:x:{UID}:{GID}:user:{home}:/bin/bash\n")
     (folder / "group").write_text(f"root:x:0:\nuser:x:{GID}:\n")
-    settings = Settings({"sandbox_id": "s", "template_id": "base", "access_token": token, "user": "user"})
+    limits = {"cpu_count": 2, "memory_bytes_total": 512 << 20}
+    settings = Settings({"sandbox_id": "s", "template_id": "base", "access_token": token, "user": "user"} | limits)
     users, routes, clock = Users(str(folder / "passwd"), str(folder / "group")), Routes(), SystemClock()
     faults: list[BaseException] = []
 
@@ -95,7 +96,7 @@ async def open_room(folder: Path, *, token: str | None = None) -> AsyncIterator[
         service = filesystem.register(parts)
         files.register(parts)
         compose.register(parts)
-        metrics.register(parts, memory_bytes_total=512 << 20, cpu_count=2)
+        metrics.register(parts)
         server = Server(routes, access, spawn=crew.spawn, on_fault=on_fault)
         await server.listen(sock, Peer.PUBLIC)
         transport = httpx.AsyncHTTPTransport(uds=f"{short}/guest.sock")
