@@ -3,11 +3,6 @@
 A slot's namespaces exist only as descriptors of this process and of the sandbox's processes: when the daemon dies,
 pooled slots vanish by themselves. What may block runs on two threads that live in the router namespace, each with
 sockets of its own; what takes microseconds (set elements, look-ups) runs on the loop's thread with sockets made there.
-
-A slot is destroyed by closing its namespace; the kernel then takes the links away and tells us on a socket, 1.2 ms
-later when it is quiet, 60 ms when it is clearing others away or a TCP connection is still saying goodbye (measured).
-After `PATIENCE_S` the links are deleted by name instead: they are gone 1 ms later, but the deleting thread is held for
-some 20 ms, so it is a thread of its own that deletes all that were asked for meanwhile at once.
 """
 
 from __future__ import annotations
@@ -15,8 +10,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-import socket
-from collections import deque
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -24,25 +17,23 @@ from typing import Final, TypeVar
 
 import msgspec
 
-from penstock.core.deadlines import Pulse, within
+from penstock.core.deadlines import within
 from penstock.core.errors import Kind, PenstockError
 from penstock.core.settle import settle
 from penstock.model.sandbox import EgressRules
 from penstock.node.egress_rules import CLOSED, Egress, compile_rules
 from penstock.node.linux import egress, links, netns
 from penstock.node.linux.claims import Block, Claims
+from penstock.node.linux.departures import Departures
 from penstock.node.linux.dns import DnsProxy
-from penstock.node.linux.netlink import NETLINK_ROUTE
 from penstock.node.linux.router import Router, Wires, Workbench, build_slot
 from penstock.node.linux.traces import read_traces
 from penstock.node.linux.uplink import Uplink, UplinkState
 from penstock.node.ports import Slot
 
 THREADS: Final = 2  # the kernel serialises changes of links anyway
-PATIENCE_S: Final = 0.003
 OPEN_S: Final = 30.0
 CREATE_S: Final = 10.0
-_NEWS_BYTES: Final = 1 << 16
 
 _T = TypeVar("_T")
 
@@ -106,8 +97,6 @@ class LinuxNetwork:
         self._threads: ThreadPoolExecutor | None = None
         self._held: dict[int, _Held] = {}
         self._numbers: dict[str, int] = {}  # by outer address
-        self._going: dict[int, Pulse] = {}  # slots whose links are awaited to vanish
-        self._doomed: deque[int] = deque()  # slots whose links a worker shall delete by name
         self._uplink_state = UplinkState("", "not opened")
 
     @property
@@ -132,9 +121,8 @@ class LinuxNetwork:
         finally:
             opener.shutdown(wait=False)
         self._threads = ThreadPoolExecutor(THREADS, "network", initializer=lambda: self._bench.enter(self._router.fd))
-        self._deleter = ThreadPoolExecutor(1, "network-delete", initializer=lambda: self._bench.enter(self._router.fd))
         self._read_back()
-        asyncio.get_running_loop().add_reader(self._news.fileno(), self._read_news)
+        self._departures.open()
         await self._dns.open()
 
     def _abandon(self) -> None:
@@ -158,10 +146,7 @@ class LinuxNetwork:
             self._uplink_state = UplinkState("", "switched off in the settings")
         netns.enter(self._router.fd)
         self._wires = Wires.open()
-        self._news = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_ROUTE)
-        self._news.setblocking(False)
-        self._news.bind((0, links.GROUP_LINK))
-        self._looks = socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+        self._departures = Departures()
         self._dns = DnsProxy(
             router_fd=self._router.fd,
             host_fd=self._host_fd if self._foreign_host_fd is not None else None,
@@ -234,7 +219,7 @@ class LinuxNetwork:
             if slot is not None:
                 os.close(slot.netns_fd)
                 os.close(slot.userns_fd)
-            await self._await_gone(number)
+            await self._departures.gone(number)
         self._held.pop(number, None)
         self._numbers.pop(address, None)
 
@@ -243,31 +228,6 @@ class LinuxNetwork:
         assert wires is not None
         egress.withdraw(wires.tables, links.link_name(number), address, held.elements)
         wires.tables.flush_connections(address)
-
-    async def _await_gone(self, number: int) -> None:
-        loop = asyncio.get_running_loop()
-        news = self._going.setdefault(number, Pulse())
-
-        def gone() -> bool:
-            return not links.exists(self._looks, links.link_name(number))
-
-        try:
-            if not await news.wait_for(gone, until=loop.time() + PATIENCE_S):
-                # A process may still live in the namespace, or the kernel be busy clearing others away.
-                self._doomed.append(number)
-                self._deleter.submit(self._delete_doomed)
-                await news.wait_for(gone, until=None)
-        finally:
-            self._going.pop(number, None)
-
-    def _delete_doomed(self) -> None:
-        """Delete every link asked for by now in one call; those asked for meanwhile wait for the next."""
-        wires, doomed = self._bench.wires, set[int]()
-        assert wires is not None
-        while self._doomed:
-            doomed.add(self._doomed.popleft())
-        if doomed:
-            links.delete_slot_links(wires.route, sorted(doomed))
 
     async def apply(self, number: int, rules: EgressRules) -> None:
         """One transaction of some microseconds; then the connections that lost their right are forgotten.
@@ -341,11 +301,8 @@ class LinuxNetwork:
         if self._threads is None:
             return
         threads, self._threads = self._threads, None
-        loop = asyncio.get_running_loop()
         self._dns.close()
-        loop.remove_reader(self._news.fileno())
-        self._news.close()
-        self._looks.close()
+        self._departures.close()
         self._wires.close()
         for held in self._held.values():
             if held.slot is not None:
@@ -360,8 +317,8 @@ class LinuxNetwork:
             closer.shutdown(wait=False)
 
     def _close_blocking(self, threads: ThreadPoolExecutor, destroy: bool) -> None:
-        for pool in (threads, self._deleter):
-            pool.shutdown(wait=True)  # threads live in the router: they pin it
+        self._departures.join()
+        threads.shutdown(wait=True)  # threads live in the router: they pin it
         if destroy:
             self._uplink().remove()
             self._router.destroy()
@@ -394,19 +351,6 @@ class LinuxNetwork:
             number = self._block.number_at(address)
             if number is not None:
                 self._held[number] = _Held(elements=elements, found=True)
-
-    def _read_news(self) -> None:
-        try:
-            while True:
-                for name in links.news_of_deletion(self._news.recv(_NEWS_BYTES)):
-                    number = links.slot_of(name)
-                    if number is not None and number in self._going:
-                        self._going[number].fire()
-        except BlockingIOError:
-            return
-        except OSError:  # ENOBUFS: news was lost, so everybody looks for himself
-            for pulse in self._going.values():
-                pulse.fire()
 
     def _policy(self, address: str) -> Egress | None:
         number = self._numbers.get(address)
