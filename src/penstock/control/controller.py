@@ -7,6 +7,7 @@ created sandbox is bound two passes of the loop later.
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import Callable
 from typing import Final, TypeVar
@@ -156,15 +157,17 @@ class Controller:
             try:
                 await self._look_at(sandbox)
             except Conflict:
+                # The write that was faster calls us back when it is kept. Looking again before that would find the same
+                # and spin: a conflict is decided without waiting, so nobody else would ever run. The retry is a net.
                 self._conflicts += 1
-                self._queue.add(sandbox)
-                self._queue.done(sandbox)
+                self._queue.retry(sandbox)
             except Exception as error:
                 # Safe: the key comes back with back-off, and plans are made from what is, not from what failed.
                 self._why[sandbox] = (f"the last look failed: {error}",)
                 self._queue.retry(sandbox)
             else:
                 self._queue.done(sandbox)
+            await asyncio.sleep(0)  # plans without actions wait for nothing, and a thousand of them are one stall
 
     async def _look_at(self, sandbox: str) -> None:
         spec, spec_revision = self._read(keys.SANDBOX_SPEC + sandbox, _decode_spec)

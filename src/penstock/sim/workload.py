@@ -115,6 +115,7 @@ class Client:
             try:
                 await self._world.write(changed)
             except RevisionConflict:
+                await self._world.sleep(0.05)
                 continue
             return
 

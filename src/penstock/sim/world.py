@@ -96,7 +96,7 @@ class World:
         self.facts = Facts()
         self.checkers = Checkers(self.kernel, self.facts, self.trace, self.clock.wall)
         self.checkers.slack_s = 2.5 if self.rates.slow or self.rates.failure else 0.05
-        self.log = MemoryLog()
+        self.log = MemoryLog(delay_s=rng.choice((0.0, 0.0005, 0.02)))
         self.daemon: Daemon | None = None
         self.crashes = 0
         self.lives = 0
