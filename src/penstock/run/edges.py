@@ -15,6 +15,7 @@ from penstock.node.linux.disks import LinuxDisks
 from penstock.node.linux.files import LinuxFiles
 from penstock.node.linux.launcher import ZygoteLauncher
 from penstock.node.linux.network import LinuxNetwork
+from penstock.node.linux.strays import LinuxStrays
 from penstock.node.linux.zygote_client import ZygoteClient
 from penstock.node.ports import Ports
 from penstock.node.ruleset import GATEWAY
@@ -43,6 +44,7 @@ class Edges:
                 threads=self._threads,
                 nameserver=GATEWAY,
                 rng=random.SystemRandom(),
+                installation=installation,
             ),
             cgroups=cgroups,
             network=LinuxNetwork(
@@ -57,6 +59,7 @@ class Edges:
             ),
             disks=LinuxDisks(folder=str(folder.disks), threads=self._threads),
             files=LinuxFiles(records=str(folder.path / "records"), run=str(folder.run / "sb")),
+            strays=LinuxStrays(installation=installation, router_path=str(folder.router)),
         )
         self._cgroups = cgroups
 

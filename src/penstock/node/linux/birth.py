@@ -38,6 +38,7 @@ class Parcel(msgspec.Struct, frozen=True, kw_only=True):
     uid_base: int
     hostname: str
     boot_id: str
+    mark: str  # source of the root mount: whoever holds the mount namespace can be told whose it was
     memory_bytes_max: int
     etc: dict[str, str]  # name → content of files in /etc
     guest: dict[str, Any]  # the fields of GuestConfig
@@ -145,7 +146,7 @@ def _assemble(parcel: Parcel, luggage: Luggage, kernel: Kernel, steps: Steps) ->
     steps.begin("layers")
     rootfs.attach_layers(luggage.layers, luggage.userns)
     steps.begin("overlay")
-    mounts.overlay(len(luggage.layers))
+    mounts.overlay(len(luggage.layers), parcel.mark)
     root = rootfs.open_root()
     steps.begin("proc")
     mounts.attach(mounts.proc(), root, "proc")

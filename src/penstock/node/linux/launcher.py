@@ -88,8 +88,10 @@ class ZygoteLauncher:
         threads: Executor,
         nameserver: str,
         rng: random.Random,
+        installation: str = "",
     ) -> None:
         self._client, self._open_cgroups, self._threads = client, open_cgroups, threads
+        self._installation = installation
         self._nameserver, self._rng = nameserver, rng
 
     async def launch(self, order: LaunchOrder, *, within_s: float) -> PidfdProcess:
@@ -183,7 +185,7 @@ class ZygoteLauncher:
                 baggage.add("log", os.open(GUEST_LOG, flags, 0o600, dir_fd=folder))
             finally:
                 os.close(folder)
-            baggage.add("parcel", _memory_file(_parcel(order, boot_id, self._nameserver)))
+            baggage.add("parcel", _memory_file(_parcel(order, boot_id, self._nameserver, self._installation)))
             baggage.add("disk", os.dup(order.disk.mount_fd))
             baggage.add("netns", os.dup(order.slot.netns_fd))
             baggage.add("userns", os.dup(order.slot.userns_fd))
@@ -253,13 +255,14 @@ def _memory_file(content: bytes) -> int:
     return fd
 
 
-def _parcel(order: LaunchOrder, boot_id: str, nameserver: str) -> bytes:
+def _parcel(order: LaunchOrder, boot_id: str, nameserver: str, installation: str) -> bytes:
     hostname = order.guest.hostname
     parcel = Parcel(
         sandbox=order.sandbox,
         uid_base=order.slot.uid_base,
         hostname=hostname,
         boot_id=boot_id,
+        mark=root_source(installation, order.sandbox),
         memory_bytes_max=order.limits.memory_bytes_max,
         etc={
             "hostname": f"{hostname}\n",
@@ -269,6 +272,11 @@ def _parcel(order: LaunchOrder, boot_id: str, nameserver: str) -> bytes:
         guest=msgspec.to_builtins(order.guest),
     )
     return msgspec.json.encode(parcel)
+
+
+def root_source(installation: str, sandbox: str) -> str:
+    """The source of a sandbox's root mount, as its mountinfo shows it."""
+    return f"penstock-{installation}:{sandbox}"
 
 
 def _clear_run_dir(run_dir: str) -> None:

@@ -114,7 +114,7 @@ def sysfs() -> int:
     return syscalls.mount_detached("sysfs", "sysfs", {}, attributes)
 
 
-def overlay(layers: int) -> None:
+def overlay(layers: int, source: str) -> None:
     """Mount the overlay of UPPER over the first `layers` directories of LOWER at NEW_ROOT.
 
     `volatile`: no fsync of a sandbox reaches the disk, and unmounting does not sync the file system (0.1 ms against
@@ -122,4 +122,4 @@ def overlay(layers: int) -> None:
     """
     lower = ":".join(f"{LOWER}/{index}" for index in range(layers))
     options = f"lowerdir={lower},upperdir={UPPER}/upper,workdir={UPPER}/work,volatile,xino=off"
-    syscalls.mount("overlay", NEW_ROOT, "overlay", syscalls.MS_NODEV, options)
+    syscalls.mount(source, NEW_ROOT, "overlay", syscalls.MS_NODEV, options)
