@@ -132,6 +132,7 @@ class Plant:
         """kill -9: the tasks of the node stop where they are, its ports answer no more."""
         self.life.end()
         self.node._crew._on_error = lambda name, error: None
+        await asyncio.sleep(0)  # tasks that were just made take their first step: they hold unawaited coroutines
         await self.node._crew.cancel_all()
         await asyncio.sleep(0.001)
 
