@@ -1,8 +1,4 @@
-"""The near end: one client connection, its requests one after the other.
-
-Stages: HEAD (waiting for a request) → BODY (its body goes on to the sandbox) → ANSWER (the request is complete) →
-HEAD …; TUNNEL after an upgrade; LINGER when we answered before the request was complete; CLOSED. What a client sends
-early (pipelined requests, a body while we dial) is held, and beyond HELD_BYTES_MAX not read.
+"""The near end of an exchange: what becomes of a client's requests, one after the other.
 
 The end of a client's sending is handed on as such: the server in the sandbox learns at once that nobody will say more,
 and decides itself whether that is a disconnect. A connection that broke is cut on the other side too.
@@ -11,117 +7,44 @@ and decides itself whether that is a disconnect. A connection that broke is cut 
 from __future__ import annotations
 
 import asyncio
-from enum import Enum
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from penstock.core.breaker import BreakerFull
 from penstock.core.deadlines import DeadlinePassed
 from penstock.ingress import decide, framing, pages
+from penstock.ingress.connection import HELD_BYTES_MAX, Connection, Stage
 from penstock.ingress.decide import Own, Signed
 from penstock.ingress.dial import NoDescriptor, PortClosed, SandboxGone
-from penstock.ingress.framing import Body
 from penstock.ingress.heads import Asked, mask, request_bytes
 from penstock.ingress.pages import Refusal
-from penstock.ingress.pipe import Pipe
 from penstock.ingress.table import Route
-from penstock.wire.http1 import HEAD_BYTES_MAX, BadRequest, parse_request_head
+from penstock.wire.http1 import BadRequest
 from penstock.wire.routing import GUEST_PORT, Target
 
 if TYPE_CHECKING:
     from penstock.ingress.hub import Hub
     from penstock.ingress.upstream import Upstream
 
-HELD_BYTES_MAX: Final = 64 * 1024  # received ahead of its turn; above it the client is not read
-FIRST_S: Final = 60.0  # a fresh connection says something
-HEAD_S: Final = 10.0  # from the first byte of a head to its last
-IDLE_S: Final = 620.0  # between requests, of an unfinished body, of a client that does not take what we send
-LINGER_S: Final = 3.0  # after an early answer, for a client still sending to see it
-
-
-class Stage(Enum):
-    HEAD = "head"
-    BODY = "body"
-    ANSWER = "answer"
-    TUNNEL = "tunnel"
-    LINGER = "linger"
-    CLOSED = "closed"
-
-
 _HEAD, _BODY, _ANSWER = Stage.HEAD, Stage.BODY, Stage.ANSWER
 _TUNNEL, _LINGER, _CLOSED = Stage.TUNNEL, Stage.LINGER, Stage.CLOSED
 
 
-class Client(Pipe):
-    """Made by the listener for each connection; lives until `connection_lost`."""
+class Client(Connection):
+    """Made by the listener for each connection."""
 
-    __slots__ = (
-        "_advancing",
-        "_begun",
-        "_body",
-        "_dialling",
-        "_finished",
-        "_forward",
-        "_heard",
-        "_held",
-        "_keep",
-        "_retried",
-        "_timer",
-        "asked",
-        "hub",
-        "route",
-        "stage",
-        "target",
-        "upstream",
-    )
+    __slots__ = ("_begun", "_dialling", "_forward", "_retried", "route", "target", "upstream")
 
     def __init__(self, hub: Hub) -> None:
-        super().__init__()
-        self.hub = hub
-        self.stage = _HEAD
-        self.asked: Asked | None = None
+        super().__init__(hub)
         self.target: Target | None = None
         self.route: Route | None = None
         self.upstream: Upstream | None = None
-        self._body: Body | None = None  # what is still to come of the request
         self._forward = b""  # the request's head, as sent on
-        self._held = bytearray()
-        self._heard = 0.0  # loop seconds of the last byte, or of the last response's end
         self._begun = False  # the final response's head has gone out
-        self._keep = False  # the connection goes on after this response
-        self._finished = False  # the client will send no more
-        self._advancing = False
         self._retried = False
         self._dialling: asyncio.Task[Any] | None = None
-        self._timer: asyncio.TimerHandle | None = None
 
     # ---- what the transport tells
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.connected(transport)
-        self._heard = self.hub.loop.time()
-        if self.hub.admit(self):
-            self._timer = self.hub.loop.call_later(FIRST_S, self._check)
-        else:
-            self._answer_self(pages.render(pages.full(), None, close=True), cause="full", close=True)
-            if not self.hub.may_linger(self):
-                self.transport.abort()
-
-    def data_received(self, data: bytes) -> None:
-        hub, stage = self.hub, self.stage
-        self._heard = hub.loop.time()
-        hub.tally.bytes_from_clients += len(data)
-        if stage is _HEAD:
-            if self._held:
-                self._grow_head(data)
-            else:
-                self._read_head(data)
-        elif stage is _BODY and self.upstream is not None:
-            self._read_body(data)
-        elif stage is _TUNNEL:
-            assert self.upstream is not None
-            self.upstream.transport.write(data)
-        elif stage is _BODY or stage is _ANSWER:
-            self._hold(data)
 
     def eof_received(self) -> bool:
         """The client sends no more. True keeps our side open, for what is still to be answered."""
@@ -137,50 +60,17 @@ class Client(Pipe):
             self._hand_on_eof()
         return True
 
-    def connection_lost(self, exc: Exception | None) -> None:
-        self.stage = _CLOSED
-        if self._timer is not None:
-            self._timer.cancel()
-        self._let_go()
-        self._held.clear()
-        self.hub.leave(self)
-
     def pause_writing(self) -> None:
-        self.write_paused = True
+        super().pause_writing()
         if self.upstream is not None:
             self.upstream.pause_reading()
-        if self._timer is not None:
-            self._timer.cancel()
-        self._heard = self.hub.loop.time()
-        self._timer = self.hub.loop.call_later(IDLE_S, self._check)
 
     def resume_writing(self) -> None:
-        self.write_paused = False
-        self._heard = self.hub.loop.time()
         if self.upstream is not None:
             self.upstream.resume_reading()
-        if self.stage is _HEAD and self._held:
-            self._advance()
+        super().resume_writing()
 
     # ---- what its upstream tells
-
-    def send(self, data: bytes) -> None:
-        self.hub.tally.bytes_to_clients += len(data)
-        self.transport.write(data)
-
-    def may_keep(self) -> bool:
-        """Whether this connection may serve another request after this one."""
-        asked = self.asked
-        return asked is not None and asked.keep_alive and self._body is None and not self.hub.stopping
-
-    @property
-    def request_complete(self) -> bool:
-        return self._body is None
-
-    @property
-    def finished(self) -> bool:
-        """It has ended its sending, and so have we, towards the server."""
-        return self._finished
 
     def begin_answer(self, result: str, *, keep: bool) -> None:
         """The final response's head goes out now."""
@@ -202,6 +92,7 @@ class Client(Pipe):
     def answered(self) -> None:
         """The response has gone out whole; the upstream is no longer ours."""
         self.upstream = None
+        self._leave_sandbox()
         self._next(close=not self._keep)
 
     def upstream_drained(self) -> None:
@@ -256,40 +147,15 @@ class Client(Pipe):
         else:
             self._refuse(pages.sandbox_not_found(self._sandbox()))
 
-    def close_if_idle(self) -> None:
-        """No request is under way: close. Otherwise the connection closes with its response."""
-        if self.stage is _HEAD and not self._held:
-            self.stage = _CLOSED
-            self.transport.close()
-
     # ---- requests
 
-    def _read_head(self, data: bytes) -> None:
-        end = data.find(b"\r\n\r\n")
-        try:
-            if end < 0:
-                parse_request_head(data)  # raises for what can become no head
-                self._held += data
-                self._rearm(HEAD_S)
-                return
-            end += 4
-            raw, rest = (data, b"") if end == len(data) else (data[:end], data[end:])
-            asked = self.hub.heads.asked(raw)
-        except BadRequest as bad:
-            self.asked = None
-            self._refuse(pages.bad_request(bad.status, bad.why), close=True)
-            return
-        self._start(asked, rest)
-
-    def _grow_head(self, data: bytes) -> None:
-        """More of an unfinished head: its timer runs on, and what was searched is not searched again."""
-        held = self._held
-        start = max(0, len(held) - 3)
-        held += data
-        if held.find(b"\r\n\r\n", start) >= 0:
-            self._advance()
-        elif len(held) >= HEAD_BYTES_MAX:
-            self._refuse(pages.bad_request(431, f"head longer than {HEAD_BYTES_MAX} bytes"), close=True)
+    def _take(self, data: bytes) -> None:
+        if self.upstream is None or self.stage is _ANSWER:
+            self._hold(data)
+        elif self.stage is _BODY:
+            self._read_body(data)
+        else:
+            self.upstream.transport.write(data)
 
     def _start(self, asked: Asked, rest: bytes) -> None:
         self.hub.idle.pop(self, None)
@@ -464,93 +330,6 @@ class Client(Pipe):
 
     # ---- endings
 
-    def _refuse(self, refusal: Refusal, *, close: bool = False) -> None:
-        """Answer by ourselves. The exchange, if one was under way, is over."""
-        self._let_go()
-        if self._body is not None and self._held:
-            self._skip_body()
-        close = close or not self._may_keep_own()
-        head = self.asked.head if self.asked is not None else None
-        self._answer_self(pages.render(refusal, head, close=close), cause=refusal.cause, close=close)
-
-    def _skip_body(self) -> None:
-        """The rest of the request is perhaps here already; then the connection can go on."""
-        assert self._body is not None
-        try:
-            _, rest = self._body.feed(bytes(self._held))
-        except BadRequest:
-            rest = None
-        self._held.clear()
-        if rest is not None:
-            self._body = None
-            self._held += rest
-
-    def _may_keep_own(self) -> bool:
-        """After an answer of ours; a client of HTTP/1.0 would have to be told, and is not worth it."""
-        return self.may_keep() and self.asked is not None and self.asked.minor == 1
-
-    def _answer_self(self, reply: bytes, *, cause: str, close: bool) -> None:
-        self.hub.tally.requests[cause] += 1
-        self.send(reply)
-        self._next(close=close)
-
-    def _next(self, *, close: bool) -> None:
-        """One exchange is over: read the next, or end the connection so that the client sees all of the answer."""
-        self._leave_sandbox()
-        if self.stage is _CLOSED:
-            return
-        if close:
-            self._close_gently()
-            return
-        self.stage, self.asked, self._keep = _HEAD, None, True
-        if self._held:
-            self._advance()
-        elif self._finished:
-            self.stage = _CLOSED
-            self.transport.close()
-            return
-        if self.stage is _HEAD and not self._held:
-            self.hub.idle[self] = None
-            if self.hub.stopping:
-                self.close_if_idle()
-        if len(self._held) <= HELD_BYTES_MAX:
-            self.resume_reading()
-
-    def _advance(self) -> None:
-        """Take up what was held, one request after the other: by a loop, since refusals complete at once."""
-        if self._advancing:
-            return
-        self._advancing = True
-        try:
-            while self.stage is _HEAD and self._held and not self.write_paused:
-                data = bytes(self._held)
-                self._held.clear()
-                self._read_head(data)
-                if self.stage is _HEAD and len(self._held) == len(data):
-                    return  # an unfinished head
-        finally:
-            self._advancing = False
-        if self.stage is _HEAD and self._finished:
-            self.stage = _CLOSED
-            self.transport.close()
-
-    def _close_gently(self) -> None:
-        """Close so that the answer arrives.
-
-        Closing with unread input sends a reset, which can overtake the answer: stop sending, and read on for a while.
-        """
-        unread = self._body is not None or bool(self._held) or self.asked is None
-        self._held.clear()
-        if not unread or self._finished:
-            self.stage = _CLOSED
-            self.transport.close()
-            return
-        self.stage = _LINGER
-        if self.transport.can_write_eof():
-            self.transport.write_eof()
-        self.resume_reading()
-        self._rearm(LINGER_S)
-
     def _cut(self) -> None:
         self._leave_sandbox()
         self.stage = _CLOSED
@@ -580,42 +359,7 @@ class Client(Pipe):
         if upstream is not None and not upstream.transport.is_closing() and upstream.transport.can_write_eof():
             upstream.transport.write_eof()
 
-    def _hold(self, data: bytes) -> None:
-        self._held += data
-        if len(self._held) > HELD_BYTES_MAX:
-            self.pause_reading()
-
     def _sandbox(self) -> str:
         return self.target.sandbox if self.target is not None else ""
 
     # ---- time
-
-    def _rearm(self, after_s: float) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer = self.hub.loop.call_later(after_s, self._check)
-
-    def _check(self) -> None:
-        """One timer per connection, armed for the earliest moment it could matter, and here compared with the facts."""
-        stage, quiet_s = self.stage, self.hub.loop.time() - self._heard
-        if stage is _CLOSED:
-            return
-        allowed_s = IDLE_S
-        if stage is _LINGER:
-            allowed_s = 0.0
-        elif stage is _HEAD and self._held:
-            self._refuse(pages.bad_request(408, "the request's head did not come in time"), close=True)
-            return
-        elif stage is _HEAD and self.asked is None and not self._keep:
-            allowed_s = FIRST_S
-        elif not self.write_paused and (stage is _ANSWER or stage is _TUNNEL or self.read_paused):
-            quiet_s = 0.0  # it is the server's turn; there is no limit on how long that takes
-        if quiet_s >= allowed_s - 0.001:
-            if self.write_paused or stage is _LINGER:
-                self.transport.abort()
-            else:
-                self.stage = _CLOSED
-                self._let_go()
-                self.transport.close()
-            return
-        self._timer = self.hub.loop.call_later(max(allowed_s - quiet_s, 0.05), self._check)

@@ -16,6 +16,7 @@ from typing import Any, Final
 from penstock.core.crew import Crew
 from penstock.core.deadlines import Pulse
 from penstock.ingress.client import Client
+from penstock.ingress.connection import Connection
 from penstock.ingress.dial import Dialler
 from penstock.ingress.heads import Heads
 from penstock.ingress.netns import DESCRIPTORS_MAX
@@ -64,9 +65,9 @@ class Hub:
         self.tally, self.heads = Tally(), Heads()
         self.signed = SignedRoutes(table, tokens)
         self.pool = Pool(self, dialler)
-        self.clients: set[Client] = set()
+        self.clients: set[Connection] = set()
         self.upstreams: set[Upstream] = set()
-        self.idle: OrderedDict[Client, None] = OrderedDict()  # between requests, longest first
+        self.idle: OrderedDict[Connection, None] = OrderedDict()  # between requests, longest first
         self.stopping = False
         self._catch_up = catch_up
         self.handshakes = 0  # TLS connections that are no clients yet
@@ -76,7 +77,7 @@ class Hub:
         self.per_sandbox_max = per_sandbox_max or max(1, descriptors_max // 4)
         self._dialler, self._crew = dialler, crew
         self._exchanges: dict[str, set[Client]] = {}
-        self._refused: set[Client] = set()
+        self._refused: set[Connection] = set()
         self._gauges = gauges if gauges is not None else Gauges()
         self._gauges.update(
             connections_open=lambda: len(self.clients),
@@ -100,7 +101,7 @@ class Hub:
 
     # ---- clients
 
-    def admit(self, client: Client) -> bool:
+    def admit(self, client: Connection) -> bool:
         """Count a new client in. False: no room, and nobody idle to make some."""
         self.tally.connections += 1
         if self.stopping or not self.make_room():
@@ -109,14 +110,14 @@ class Hub:
         self.idle[client] = None
         return True
 
-    def may_linger(self, client: Client) -> bool:
+    def may_linger(self, client: Connection) -> bool:
         """Whether a refused client may stay for the moment it takes to read why."""
         if len(self._refused) >= REFUSED_LINGERING_MAX:
             return False
         self._refused.add(client)
         return True
 
-    def leave(self, client: Client) -> None:
+    def leave(self, client: Connection) -> None:
         self.clients.discard(client)
         self._refused.discard(client)
         self.idle.pop(client, None)

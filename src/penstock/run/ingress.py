@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import random
 import signal
 import socket
@@ -39,6 +40,7 @@ from penstock.run.settings import host_port
 FIRST_TABLE_S: Final = 5.0  # then we serve without: 503 until the feed has answered
 RENEW_EVERY_S: Final = 3600.0
 GRACE_S: Final = 3.0
+GC_THRESHOLDS: Final = (20_000, 20, 20)
 
 log = get_logger("penstock.ingress")
 
@@ -46,6 +48,9 @@ log = get_logger("penstock.ingress")
 def main() -> None:
     arguments = _arguments()
     configure(arguments.log_level)
+    # What the modules made lives for ever, and requests make few cycles: looking for some rarely saves a tenth of the CPU.
+    gc.freeze()
+    gc.set_threshold(*GC_THRESHOLDS)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_serve(arguments))
 

@@ -7,7 +7,7 @@ import resource
 
 import pytest
 
-from penstock.ingress import client as client_module
+from penstock.ingress import connection as connection_module
 from penstock.ingress.hub import budget_of
 from penstock.ingress.table import Route
 from tests.unit.ingress.conftest import SANDBOX, Fixture, echo, head, read_head, read_response, running
@@ -75,7 +75,7 @@ async def test_no_descriptor_for_the_far_side_is_503(ingress: Fixture):
 
 
 async def test_a_slow_head_is_cut_however_steadily_it_trickles(ingress: Fixture, monkeypatch):
-    monkeypatch.setattr(client_module, "HEAD_S", 0.3)
+    monkeypatch.setattr(connection_module, "HEAD_S", 0.3)
     reader, writer = await ingress.open()
     loop = asyncio.get_running_loop()
     began = loop.time()
@@ -93,8 +93,8 @@ async def test_a_slow_head_is_cut_however_steadily_it_trickles(ingress: Fixture,
 
 
 async def test_idle_connections_end(ingress: Fixture, monkeypatch):
-    monkeypatch.setattr(client_module, "FIRST_S", 0.1)
-    monkeypatch.setattr(client_module, "IDLE_S", 0.4)
+    monkeypatch.setattr(connection_module, "FIRST_S", 0.1)
+    monkeypatch.setattr(connection_module, "IDLE_S", 0.4)
     await ingress.guest(echo)
     fresh_reader, fresh_writer = await ingress.open()
     reader, writer = await ingress.open()
@@ -109,8 +109,8 @@ async def test_idle_connections_end(ingress: Fixture, monkeypatch):
 
 
 async def test_a_server_may_think_for_as_long_as_it_likes(ingress: Fixture, monkeypatch):
-    monkeypatch.setattr(client_module, "FIRST_S", 0.05)
-    monkeypatch.setattr(client_module, "IDLE_S", 0.1)
+    monkeypatch.setattr(connection_module, "FIRST_S", 0.05)
+    monkeypatch.setattr(connection_module, "IDLE_S", 0.1)
 
     async def think(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
@@ -125,7 +125,7 @@ async def test_a_server_may_think_for_as_long_as_it_likes(ingress: Fixture, monk
 
 
 async def test_a_client_that_takes_nothing_is_cut_in_the_end(ingress: Fixture, monkeypatch):
-    monkeypatch.setattr(client_module, "IDLE_S", 0.3)
+    monkeypatch.setattr(connection_module, "IDLE_S", 0.3)
 
     async def flood(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
