@@ -48,7 +48,7 @@ log = get_logger("penstock.ingress")
 def main() -> None:
     arguments = _arguments()
     configure(arguments.log_level)
-    # What the modules made lives for ever, and requests make few cycles: looking for some rarely saves a tenth of the CPU.
+    # What the modules made lives for ever, and requests make few cycles: look for some rarely.
     gc.freeze()
     gc.set_threshold(*GC_THRESHOLDS)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
