@@ -220,6 +220,7 @@ class World:
 
     async def _outlive(self, daemon: Daemon, life: Life, task: asyncio.Task[None]) -> None:
         """Until this life is over. A daemon that ends by itself is a violation, unless it was asked to."""
+        task.add_done_callback(_seen)
         task.add_done_callback(lambda _: life.died.set())
         await life.died.wait()
         if not life.dead and not self._over and not daemon.asked_to_leave:
@@ -427,7 +428,7 @@ _BUILD: Final = Build(
 
 
 def _seen(task: asyncio.Task[None]) -> None:
-    """A stop that was cut off by a crash has nothing to say."""
+    """What a dead daemon's task ended with is looked at where it matters; nobody else needs to hear of it."""
     if not task.cancelled():
         task.exception()
 
