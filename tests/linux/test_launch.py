@@ -246,7 +246,7 @@ async def test_an_image_cannot_redirect_the_mounts_of_its_birth(lab: Lab, tmp_pa
     for name in ("proc", "sys", "dev", "run", "etc"):
         os.symlink("/tmp" if name != "etc" else "/proc", layer / name)
     async with lab.sandbox("evil", layers=[str(layer), lab.layer]) as sandbox:
-        assert "overlay / overlay" in await sandbox.ok("/bin/cat", "/proc/mounts")
+        assert " / overlay " in await sandbox.ok("/bin/cat", "/proc/mounts")
         assert "host-evil" in await sandbox.ok("/bin/cat", "/etc/hostname")
 
 

@@ -125,8 +125,9 @@ class _Loop:
             raw, fds, _, _ = socket.recv_fds(line, REQUEST_BYTES_MAX, FDS_MAX, socket.MSG_CMSG_CLOEXEC)
             if raw:
                 self._act(line, json.loads(raw), fds)
-        except (BadRequest, ValueError, KeyError, OSError) as error:
-            _tell(line, {"error": _described("zygote", error)})
+        except Exception as error:  # whatever a request does, the zygote serves the next one
+            _say(f"request refused: {_described('zygote', error)['why']}")
+            _tell_if_there(line, {"error": _described("zygote", error)})
         finally:
             for fd in fds:
                 os.close(fd)
@@ -150,14 +151,14 @@ class _Loop:
         try:
             pid, pidfd = syscalls.clone3(_NAMESPACES, cgroup_fd=cgroup_fd)
         except OSError as error:
-            _tell(line, {"error": _described("clone", error)})
+            _tell_if_there(line, {"error": _described("clone", error)})
             return
         if pid == 0:
             birth.be_born(luggage, line, self._kernel, self._serve)
         try:
             _tell(line, {"pid": pid, "start_ticks": processes.start_ticks(pid)}, pidfd)
         except OSError:
-            signal.pidfd_send_signal(pidfd, signal.SIGKILL)  # whoever asked has gone: nobody would own it
+            _kill(pidfd)  # whoever asked has gone: nobody would own it
         finally:
             os.close(pidfd)
 
@@ -180,6 +181,20 @@ def _unpack(positions: dict[str, Any], fds: list[int]) -> Luggage:
 def _tell(line: socket.socket, message: dict[str, Any], *fds: int) -> None:
     ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
     line.sendmsg([json.dumps(message).encode()], ancillary)
+
+
+def _tell_if_there(line: socket.socket, message: dict[str, Any]) -> None:
+    try:
+        _tell(line, message)
+    except OSError:
+        pass  # whoever asked has gone
+
+
+def _kill(pidfd: int) -> None:
+    try:
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+    except ProcessLookupError:
+        pass  # it found nobody to talk to, and was faster
 
 
 def _described(step: str, error: Exception) -> dict[str, Any]:
