@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from penstock.core.deadlines import within
-from penstock.guest import spawn
+from penstock.guest import forked, spawn
 from penstock.guest.log import Log
 from penstock.guest.paths import BadPath, resolve
 from penstock.guest.process import Process
+from penstock.guest.program import Program, StartFailed, Surroundings, find_program
 from penstock.guest.settings import Settings
 from penstock.guest.users import User, Users
 from penstock.wire.connect import Code, ConnectError
@@ -65,7 +66,7 @@ class Processes:
         settings: Settings,
         users: Users,
         log: Log,
-        around: spawn.Surroundings,
+        around: Surroundings,
         *,
         processes_max: int = PROCESSES_MAX,
     ) -> None:
@@ -78,7 +79,8 @@ class Processes:
     # ---- starting ------------------------------------------------------------------------------------------
 
     async def start(self, order: Order) -> Process:
-        """Return when exec has succeeded. The caller must call `Process.begin(self.note_end)` next.
+        """Return when exec has succeeded; at once where children are spawned in our guise. The caller must call
+        `Process.begin(self.note_end)` next.
 
         Raises ConnectError saying what was wrong with the order, or DeadlinePassed after killing what it forked. If
         cancelled, what it forked is killed.
@@ -86,7 +88,7 @@ class Processes:
         if len(self._alive) >= self._processes_max:
             raise ConnectError(Code.RESOURCE_EXHAUSTED, f"{self._processes_max} processes run already; end some first")
         program = self._program(order)
-        child = self._fork(program, order)
+        child = self._start(program, order)
         config = {"cmd": order.command, "args": order.args, "envs": order.env, "cwd": os.fsdecode(program.cwd)}
         process = Process(child, config=config, tag=order.tag, user=order.user.name)
         self._alive[process.pid] = process
@@ -180,14 +182,14 @@ class Processes:
 
     # ---- private parts -------------------------------------------------------------------------------------
 
-    def _program(self, order: Order) -> spawn.Program:
+    def _program(self, order: Order) -> Program:
         env = self._settings.process_env(order.user, order.env)
         try:
             cwd = resolve(order.cwd, order.user.home, self._settings.workdir)
             argv = [_bytes(text) for text in (order.command, *order.args)]
             encoded = {_env_name(name): _bytes(value) for name, value in env.items()}
-            return spawn.Program(
-                candidates=spawn.find_program(argv[0], encoded.get(b"PATH", b"")),
+            return Program(
+                candidates=find_program(argv[0], encoded.get(b"PATH", b"")),
                 argv=argv,
                 env=encoded,
                 cwd=_bytes(cwd),
@@ -197,28 +199,32 @@ class Processes:
             )
         except BadPath as error:
             raise ConnectError(Code.INVALID_ARGUMENT, f"cwd: {error}") from None
-        except spawn.StartFailed as failure:
+        except StartFailed as failure:
             raise _explain(failure, order, order.cwd) from None
 
-    def _fork(self, program: spawn.Program, order: Order) -> spawn.Child:
+    def _start(self, program: Program, order: Order) -> spawn.Child:
         try:
             if order.pty_size is None:
                 return spawn.start_on_pipes(program, self._around, stdin=order.stdin)
             columns, rows = order.pty_size
             return spawn.start_on_pty(program, self._around, columns=columns, rows=rows)
+        except StartFailed as failure:
+            raise _explain(failure, order, os.fsdecode(program.cwd)) from None
         except OSError as error:
             if error.errno in (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENOSPC):
                 why = os.strerror(error.errno)
                 raise ConnectError(Code.RESOURCE_EXHAUSTED, f"no process can be started now: {why}") from None
             raise
 
-    async def _await_exec(self, child: spawn.Child) -> spawn.StartFailed | None:
+    async def _await_exec(self, child: spawn.Child) -> StartFailed | None:
+        if child.status_fd < 0:
+            return None
         loop = asyncio.get_running_loop()
         ended: asyncio.Future[bytes] = loop.create_future()
         loop.add_reader(child.status_fd, _read_report, child.status_fd, ended)
         try:
             async with within(START_S, f"process {child.pid} to become its program"):
-                return spawn.parse_report(await ended)
+                return forked.parse_report(await ended)
         finally:
             loop.remove_reader(child.status_fd)
             os.close(child.status_fd)
@@ -246,7 +252,7 @@ def _read_report(fd: int, ended: asyncio.Future[bytes]) -> None:
         ended.set_result(report)
 
 
-def _explain(failure: spawn.StartFailed, order: Order, cwd: str) -> ConnectError:
+def _explain(failure: StartFailed, order: Order, cwd: str) -> ConnectError:
     """What the caller can do about it, in Connect's words."""
     why = os.strerror(failure.number)
     if failure.step == "cwd":
