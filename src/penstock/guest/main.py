@@ -43,6 +43,8 @@ FDS_PER_PROCESS: Final = 4
 FDS_OWN: Final = 64  # listeners, epoll, log, cgroups, watches
 FACTS_DIR: Final = "/run/e2b"
 
+_SEALED: Final[list[object]] = []
+
 for _name in ("utf-8", "ascii", "latin-1", "idna", "unicode_escape"):
     codecs.lookup(_name)  # a codec is a module: load it while the files are still ours
 
@@ -216,12 +218,13 @@ class Guest:
 
 
 def _seal_imports() -> None:
-    """From here on an import of something not loaded fails, wherever it hides, instead of running a sandbox's file."""
-    sys.meta_path.clear()
-    sys.path_hooks.clear()
-    sys.path_importer_cache.clear()
-    sys.path.clear()
-    gc.freeze()  # collections must not touch, and so copy, the pages shared with the zygote
+    """From here on an import of something not loaded fails, wherever it hides, instead of running a sandbox's file.
+
+    The finders and their caches are kept alive: freeing them would write into 600 KiB of pages shared with the zygote.
+    """
+    _SEALED.extend((sys.meta_path, sys.path_hooks, sys.path_importer_cache, sys.path))
+    sys.meta_path, sys.path_hooks, sys.path_importer_cache, sys.path = [], [], {}, []
+    gc.freeze()  # for the same reason: collections must not look at what was there before
 
 
 def _own_descriptors(log_fd: int) -> None:

@@ -32,6 +32,8 @@ _HOST: Final = re.compile(rb"[A-Za-z0-9\-._~%!$&'()*+,;=\[\]:]*")
 _CHUNK_LINE: Final = re.compile(rb"([0-9A-Fa-f]{1,15})(?:;" + _VALUE + rb"*)?")
 _ABSOLUTE: Final = re.compile(rb"https?://[^/?#]*", re.IGNORECASE)
 
+_FRAMING_FIELDS: Final = frozenset((b"content-length", b"transfer-encoding", b"host", b"connection", b"upgrade"))
+
 Field = tuple[bytes, bytes]
 
 
@@ -381,6 +383,8 @@ def _read_framing(head: RequestHead | ResponseHead) -> tuple[int | None, bool, i
     upgrade: bytes | None = None
     options = b""
     for name, value in head.fields:
+        if name not in _FRAMING_FIELDS:
+            continue
         if name == b"content-length":
             # A list of equal lengths ("5, 5") is legal to accept and h11 does; nobody honest sends it.
             if not value.isdigit() or len(value) > LENGTH_DIGITS_MAX or length is not None:

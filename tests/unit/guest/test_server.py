@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+import penstock.guest.main as guest_main
 from tests.unit.guest.house import RunningGuest, start_guest
 
 CALL = b"POST /process.Process/List HTTP/1.1\r\nHost: a\r\n"
@@ -354,3 +357,28 @@ def test_a_guest_is_small(tmp_path: Path) -> None:
         assert guest.stop() == 0
     assert not (tmp_path / "core").exists()
     assert os.path.exists(guest.public)
+
+
+def test_nothing_can_be_imported_after_the_start(tmp_path: Path) -> None:
+    """A codec or a module that were loaded later would come from the sandbox's own files."""
+    trap = tmp_path / "penstock_trap.py"
+    trap.write_text("raise SystemExit('imported')")
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            sys.path.insert(0, str(tmp_path))
+            guest_main._seal_imports()
+            for name in ("penstock_trap", "xml.sax.xmlreader", "encodings.cp500"):
+                try:
+                    importlib.import_module(name)
+                except ImportError:
+                    continue
+                os._exit(2)
+            try:
+                "x".encode("cp500")
+            except LookupError:
+                status = 0
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
