@@ -195,7 +195,9 @@ async def _commit(
 
 
 def _settled(status: SandboxStatus | None) -> bool:
-    return status is not None and (status.phase is Phase.READY or status.phase in TERMINAL)
+    """Ready, or never to be: a start whose undo is quarantined has failed for its caller too."""
+    ended = TERMINAL | {Phase.QUARANTINED}
+    return status is not None and (status.phase is Phase.READY or status.phase in ended)
 
 
 async def _ready(front: Front, sandbox: SandboxId) -> SandboxSpec:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -37,6 +38,7 @@ class Edges:
         installation = folder.installation
         client = ZygoteClient(str(folder.zygote_socket))
         cgroups = LinuxCgroups(installation)
+        disks = LinuxDisks(folder=str(folder.disks), threads=self._threads)
         self.ports = Ports(
             launcher=ZygoteLauncher(
                 client=client,
@@ -57,14 +59,15 @@ class Edges:
                 uplink=settings.uplink,
                 allow_private_egress=settings.allow_private_egress,
             ),
-            disks=LinuxDisks(folder=str(folder.disks), threads=self._threads),
+            disks=disks,
             files=LinuxFiles(records=str(folder.path / "records"), run=str(folder.run / "sb")),
             strays=LinuxStrays(installation=installation, router_path=str(folder.router)),
         )
-        self._cgroups = cgroups
+        self._cgroups, self._disks = cgroups, disks
 
     async def open(self, say: Callable[[str], None]) -> None:
         """The zygote runs and our cgroups exist. A zygote of an earlier daemon is taken over."""
+        await self._disks.retake()  # those of running sandboxes: their ends need no write-out then
         await self._cgroups.open()
         self._zygote = children.find("zygote", self._folder.zygote_file)
         if self._zygote is not None:
@@ -90,8 +93,9 @@ class Edges:
     async def close(self, *, destroy: bool) -> None:
         """Idempotent. With `destroy`, our cgroup folders go too, and the zygote."""
         await self.ports.launcher.close()
+        await self._disks.close()
         if destroy and self._zygote is not None:
-            children.end(self._zygote, term_s=ZYGOTE_TERM_S)
+            await asyncio.to_thread(children.end, self._zygote, term_s=ZYGOTE_TERM_S)
             self._folder.zygote_file.unlink(missing_ok=True)
             self._folder.zygote_socket.unlink(missing_ok=True)
         await self._cgroups.close(destroy=destroy)

@@ -150,6 +150,7 @@ class Claims:
         """Give the block back. Absent is success."""
         with self.locked():
             self._path(installation).unlink(missing_ok=True)
+            self._tidy()
 
     def note_forwarding(self, installation: str, link: str) -> None:
         """Remember that we switched `link`'s forwarding on. Call within `locked()`."""
@@ -174,13 +175,34 @@ class Claims:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the lock of the host. Short sections only: every installation waits for it."""
-        (self._folder / "claims").mkdir(mode=0o700, parents=True, exist_ok=True)
-        fd = os.open(self._folder / "host.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fd = self._take_lock()
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
             yield
         finally:
             os.close(fd)
+
+    def _take_lock(self) -> int:
+        path = self._folder / "host.lock"
+        while True:
+            (self._folder / "claims").mkdir(mode=0o700, parents=True, exist_ok=True)
+            try:
+                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            except FileNotFoundError:
+                continue  # the last release took the folder away between the two calls
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            # The last release unlinks the file: whoever waited for it then holds a lock that nobody else can see.
+            if path.exists() and os.path.samestat(os.fstat(fd), path.stat()):
+                return fd
+            os.close(fd)
+
+    def _tidy(self) -> None:
+        """Leave nothing on the host when the last claim is gone. Call within `locked()`, as its last act."""
+        try:
+            (self._folder / "claims").rmdir()
+            (self._folder / "host.lock").unlink(missing_ok=True)
+            self._folder.rmdir()
+        except OSError:
+            pass  # Safe: others have claims, or files of theirs in it.
 
     def _is_stale(self, claim: _Claim) -> bool:
         return not _is_data_of(claim.data, claim.installation) and not self._in_use(claim.installation)
