@@ -24,7 +24,7 @@ NULL_FILE: Final = "/n"
 # Readable by everybody on a plain kernel, and about the host or its other sandboxes. What only the host's root may
 # read needs no mask: root inside is not that one.
 _MASKED: Final = (
-    *("/proc/acpi", "/proc/asound", "/proc/bus", "/proc/scsi", "/proc/driver"),
+    *("/proc/acpi", "/proc/asound", "/proc/bus", "/proc/scsi", "/proc/driver", "/proc/fs"),
     *("/proc/keys", "/proc/key-users", "/proc/interrupts", "/proc/timer_list", "/proc/sched_debug"),
     *("/proc/latency_stats", "/proc/sysrq-trigger", "/proc/kcore", "/proc/diskstats", "/proc/partitions"),
     *("/sys/firmware", "/sys/devices/virtual/block", "/sys/devices/virtual/powercap", "/sys/fs/ext4"),
