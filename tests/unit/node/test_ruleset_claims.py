@@ -115,3 +115,24 @@ def test_many_at_once_get_different_blocks(host: Host) -> None:
     for thread in threads:
         thread.join()
     assert len({block.first_slot for block in found}) == 12
+
+
+def test_claims_that_come_and_go_at_once_never_collide_and_leave_nothing(host: Host) -> None:
+    failures: list[Exception] = []
+
+    def come_and_go(name: str) -> None:
+        data = data_of(host.folder, name)
+        try:
+            for _ in range(50):
+                host.claims.claim_block(name, data=data, slots=10, network=NETWORK)
+                host.claims.release(name)
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=come_and_go, args=(f"i{number}",)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert not (host.folder / "run").exists()

@@ -184,14 +184,15 @@ class Claims:
     def _take_lock(self) -> int:
         path = self._folder / "host.lock"
         while True:
-            (self._folder / "claims").mkdir(mode=0o700, parents=True, exist_ok=True)
             try:
+                os.makedirs(self._folder, mode=0o700, exist_ok=True)
                 fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            except FileNotFoundError:
-                continue  # the last release took the folder away between the two calls
+            except (FileNotFoundError, FileExistsError):
+                continue  # the last release took the folder away meanwhile
             fcntl.flock(fd, fcntl.LOCK_EX)
             # The last release unlinks the file: whoever waited for it then holds a lock that nobody else can see.
-            if path.exists() and os.path.samestat(os.fstat(fd), path.stat()):
+            if _is_at(fd, path):
+                (self._folder / "claims").mkdir(mode=0o700, exist_ok=True)
                 return fd
             os.close(fd)
 
@@ -222,6 +223,13 @@ class Claims:
         draft = path.with_suffix(".new")
         draft.write_bytes(msgspec.json.encode(claim))
         draft.rename(path)
+
+
+def _is_at(fd: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(fd), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def has_cgroups(installation: str) -> bool:
