@@ -19,6 +19,7 @@ from typing import Any, Final, Protocol
 from penstock.core.deadlines import within
 from penstock.guest import spawn
 from penstock.guest.exchange import Disconnected
+from penstock.guest.sessions import kill_session, signal_group
 from penstock.wire import connect
 from penstock.wire.connect import Code, ConnectError
 
@@ -27,7 +28,6 @@ PTY_READ_BYTES: Final = 16 * 1024
 LISTENERS_MAX: Final = 64  # of one process
 INPUTS_WAITING_MAX: Final = 64  # calls that wait to write into one process
 INPUT_S: Final = 60.0  # a process that does not read its input for so long
-KILL_PASSES_MAX: Final = 8
 DRAIN_READS_MAX: Final = 8  # of each pipe, when the end does not wait for its writers
 
 _KEEPALIVE: Final = connect.frame(b'{"event":{"keepalive":{}}}')
@@ -236,7 +236,7 @@ class Process:
         """
         self._signalled = True
         # Also when the process itself was reaped: its group lives on with its children, and keeps its number.
-        _signal_group(self.pid, number)
+        signal_group(self.pid, number)
         if number == signal.SIGKILL:
             kill_session(self.pid)
         self._try_to_end()
@@ -356,45 +356,6 @@ def end_event(status: int) -> dict[str, Any]:
         if code
         else {"exited": True, "status": words}
     )
-
-
-def kill_session(session: int) -> None:
-    """SIGKILL every process of the session, also those in other process groups (a shell's background jobs).
-
-    Passes over /proc repeat until one finds nothing new, since the found may have forked meanwhile.
-    """
-    seen: set[int] = set()
-    for _ in range(KILL_PASSES_MAX):
-        found = [int(name) for name in os.listdir("/proc") if name.isdigit() and int(name) not in seen]
-        found = [pid for pid in found if _kill_if_in_session(pid, session)]
-        if not found:
-            return
-        seen.update(found)
-
-
-def _kill_if_in_session(pid: int, session: int) -> bool:
-    try:
-        if os.getsid(pid) != session:
-            return False
-        pidfd = os.pidfd_open(pid)
-    except OSError:
-        return False
-    try:
-        # Asked again: between the two calls the number may have been given to another process.
-        if os.getsid(pid) == session:
-            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-    except OSError:
-        pass
-    finally:
-        os.close(pidfd)
-    return True
-
-
-def _signal_group(pid: int, number: int) -> None:
-    try:
-        os.killpg(pid, number)
-    except ProcessLookupError:
-        pass
 
 
 def _wake(waiter: asyncio.Future[None]) -> None:

@@ -54,35 +54,22 @@ class Framing(Enum):
     UNTIL_CLOSE = "until close"  # responses only
 
 
-class RequestHead:
-    """A parsed request head. Field names are lower case; values are stripped of surrounding blanks.
+class Head:
+    """What requests and responses share. Field names are lower case; values are stripped of surrounding blanks.
 
     `size` is how many bytes of the buffer the head took, the empty line included; `raw` is those very bytes.
     `content_length` is 0 unless `framing` is LENGTH. `upgrade` is the wanted protocol, lower case, or None.
     """
 
-    __slots__ = (
-        "content_length",
-        "expects_continue",
-        "fields",
-        "framing",
-        "keep_alive",
-        "method",
-        "minor",
-        "raw",
-        "size",
-        "target",
-        "upgrade",
-    )
+    __slots__ = ("content_length", "fields", "framing", "keep_alive", "minor", "raw", "size", "upgrade")
 
-    def __init__(self, method: bytes, target: bytes, minor: int, fields: list[Field], raw: bytes) -> None:
-        self.method, self.target, self.minor, self.fields, self.raw = method, target, minor, fields, raw
+    def __init__(self, minor: int, fields: list[Field], raw: bytes) -> None:
+        self.minor, self.fields, self.raw = minor, fields, raw
         self.size = len(raw)
         self.framing = Framing.NONE
         self.content_length = 0
         self.keep_alive = minor == 1
         self.upgrade: bytes | None = None
-        self.expects_continue = False
 
     @property
     def headers(self) -> list[Field]:
@@ -91,6 +78,24 @@ class RequestHead:
     @property
     def version(self) -> bytes:
         return b"1.1" if self.minor else b"1.0"
+
+    def header(self, name: bytes, default: bytes = b"") -> bytes:
+        """Value of the first field `name` (lower case), or `default`."""
+        for key, value in self.fields:
+            if key == name:
+                return value
+        return default
+
+
+class RequestHead(Head):
+    """A parsed request head."""
+
+    __slots__ = ("expects_continue", "method", "target")
+
+    def __init__(self, method: bytes, target: bytes, minor: int, fields: list[Field], raw: bytes) -> None:
+        super().__init__(minor, fields, raw)
+        self.method, self.target = method, target
+        self.expects_continue = False
 
     @property
     def path(self) -> bytes:
@@ -102,47 +107,15 @@ class RequestHead:
         """What follows the first `?` of the target, still percent-encoded; empty without one."""
         return _origin_form(self.target).partition(b"?")[2]
 
-    def header(self, name: bytes, default: bytes = b"") -> bytes:
-        """Value of the first field `name` (lower case), or `default`."""
-        for key, value in self.fields:
-            if key == name:
-                return value
-        return default
 
+class ResponseHead(Head):
+    """A parsed status line and its fields."""
 
-class ResponseHead:
-    """A parsed status line and its fields; the same conventions as `RequestHead`."""
-
-    __slots__ = (
-        "content_length",
-        "fields",
-        "framing",
-        "keep_alive",
-        "minor",
-        "raw",
-        "reason",
-        "size",
-        "status",
-        "upgrade",
-    )
+    __slots__ = ("reason", "status")
 
     def __init__(self, status: int, reason: bytes, minor: int, fields: list[Field], raw: bytes) -> None:
-        self.status, self.reason, self.minor, self.fields, self.raw = status, reason, minor, fields, raw
-        self.size = len(raw)
-        self.framing = Framing.NONE
-        self.content_length = 0
-        self.keep_alive = minor == 1
-        self.upgrade: bytes | None = None
-
-    @property
-    def headers(self) -> list[Field]:
-        return self.fields
-
-    def header(self, name: bytes, default: bytes = b"") -> bytes:
-        for key, value in self.fields:
-            if key == name:
-                return value
-        return default
+        super().__init__(minor, fields, raw)
+        self.status, self.reason = status, reason
 
 
 def parse_request_head(buffer: bytes | bytearray) -> RequestHead | None:
