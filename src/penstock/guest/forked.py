@@ -16,7 +16,7 @@ import signal
 import termios
 from typing import Final, NoReturn
 
-from penstock.guest.program import OOM_SCORE_ADJ, Program, StartFailed, Surroundings
+from penstock.guest.program import Program, StartFailed, Surroundings
 
 # Ignored dispositions survive exec (Python ignores the first two), and ours must not run in the child before it.
 RESET_SIGNALS: Final = tuple(
@@ -58,8 +58,6 @@ def _become(program: Program, around: Surroundings, report_fd: int, stdio: tuple
         step = "cgroup"
         for fd in around.cgroup_fds:
             os.write(fd, b"0")
-        step = "oom"
-        _set_oom_score()
         step = "stdio"
         report_fd = _wire_stdio(stdio, report_fd)
         if tty >= 0:
@@ -104,16 +102,6 @@ def _wire_stdio(stdio: tuple[int, int, int], report_fd: int) -> int:
         os.dup2(fd, target, inheritable=True)
     os.dup2(report_fd, 3, inheritable=False)
     return 3
-
-
-def _set_oom_score() -> None:
-    try:
-        fd = os.open("/proc/self/oom_score_adj", os.O_WRONLY | os.O_CLOEXEC)
-        os.write(fd, OOM_SCORE_ADJ)
-        os.close(fd)
-    except OSError:
-        # Safe: a /proc that cannot be written costs fairness among the sandbox's own processes, nothing else.
-        pass
 
 
 def _reset_signals() -> None:

@@ -101,6 +101,7 @@ class Processes:
         if failure is not None:
             self._drop(process)
             raise _explain(failure, order, os.fsdecode(program.cwd))
+        spawn.raise_oom_score(process.pid)
         self._started[process.pid] = process
         self._log.say(
             "process started", pid=process.pid, user=order.user.name, cmd=" ".join((order.command, *order.args))

@@ -76,6 +76,20 @@ def resize(pty_fd: int, columns: int, rows: int) -> None:
     fcntl.ioctl(pty_fd, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
 
 
+def raise_oom_score(pid: int) -> None:
+    """Let the kernel kill this process before pid 1. By us and after exec: until then /proc/<pid> belongs to the owner
+    of our memory, which is the host's root, and inside a sandbox nobody may write there."""
+    try:
+        fd = os.open(f"/proc/{pid}/oom_score_adj", os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.write(fd, OOM_SCORE_ADJ)
+        finally:
+            os.close(fd)
+    except OSError:
+        # Safe: it has ended already, or /proc is masked, which costs fairness among the sandbox's own processes only.
+        pass
+
+
 def _start(
     program: Program, around: Surroundings, stdio: tuple[int, int, int], opened: list[int], *, tty: bool
 ) -> tuple[int, int]:
@@ -100,14 +114,12 @@ def _spawn(program: Program, around: Surroundings, stdio: tuple[int, int, int], 
     try:
         with guise:
             guise.step = "exec"
-            pid = _spawn_first(program, actions)
+            return _spawn_first(program, actions)
     except OSError as error:
         number = error.errno or errno.EIO
         if guise.step == "exec" and number in _NO_ROOM:
             raise
         raise StartFailed(guise.step, number) from None
-    _set_oom_score(pid)
-    return pid
 
 
 def _spawn_first(program: Program, actions: list[tuple[Any, ...]]) -> int:
@@ -130,19 +142,6 @@ def _spawn_first(program: Program, actions: list[tuple[Any, ...]]) -> int:
             if error.errno not in _TRY_NEXT or last == 0:
                 raise forbidden or error from None
     raise AssertionError("no candidate")
-
-
-def _set_oom_score(pid: int) -> None:
-    """Afterwards, by us: it is inherited like the rest, but ours once raised could not be lowered again."""
-    try:
-        fd = os.open(f"/proc/{pid}/oom_score_adj", os.O_WRONLY | os.O_CLOEXEC)
-        try:
-            os.write(fd, OOM_SCORE_ADJ)
-        finally:
-            os.close(fd)
-    except OSError:
-        # Safe: it has ended already, or /proc is masked, which costs fairness among the sandbox's own processes only.
-        pass
 
 
 # ---- descriptors -----------------------------------------------------------------------------------------------
