@@ -61,6 +61,7 @@ class Luggage(msgspec.Struct, frozen=True, kw_only=True):
     unified: int | None = None  # cgroup v2 directory to be born in
     tasks: list[int] = []  # cgroup v1 `tasks` files to join
     user: list[int] = []  # cgroup files the guest puts its children into
+    guest: list[int] = []  # its own in the same hierarchies
 
 
 class Serve(Protocol):
@@ -119,7 +120,7 @@ def be_born(luggage: Luggage, line: socket.socket, kernel: Kernel, serve: Serve)
             parcel.guest,
             listen_fds={"public": luggage.public, "control": luggage.control},
             log_fd=luggage.log,
-            cgroup_fds={"user": luggage.user},
+            cgroup_fds={"user": luggage.user, "guest": luggage.guest},
             ready=lambda: _tell_ready(line, steps),
         )
     except BaseException as error:
@@ -203,7 +204,8 @@ def _tidy(luggage: Luggage, line: socket.socket) -> None:
         signal.signal(number, signal.SIG_IGN if number == signal.SIGPIPE else signal.SIG_DFL)
     os.dup2(luggage.log, 1)
     os.dup2(luggage.log, 2)
-    kept = sorted({0, 1, 2, line.fileno(), luggage.public, luggage.control, luggage.log, *luggage.user})
+    cgroups = (*luggage.user, *luggage.guest)
+    kept = sorted({0, 1, 2, line.fileno(), luggage.public, luggage.control, luggage.log, *cgroups})
     for low, high in zip(kept, [*kept[1:], _HIGHEST_FD], strict=True):
         os.closerange(low + 1, high)
 

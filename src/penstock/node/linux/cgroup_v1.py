@@ -91,8 +91,14 @@ class V1:
 
     def user_tasks(self, leaf: str) -> list[int]:
         """Descriptors of the `tasks` files the guest's children write "0" to. The caller closes them."""
-        trees = {self._trees[name].root: self._trees[name] for name in _WITH_USER if name in self._trees}
-        return _open_all([(tree, (self._parent, leaf, USER, "tasks")) for tree in trees.values()])
+        return _open_all([(tree, (self._parent, leaf, USER, "tasks")) for tree in self._with_user()])
+
+    def guest_tasks(self, leaf: str) -> list[int]:
+        """The guest's own in the same hierarchies, by which it comes back from a visit. The caller closes them."""
+        return _open_all([(tree, (self._parent, leaf, "tasks")) for tree in self._with_user()])
+
+    def _with_user(self) -> list[Tree]:
+        return list({self._trees[name].root: self._trees[name] for name in _WITH_USER if name in self._trees}.values())
 
     def names(self) -> set[str]:
         return set().union(*(tree.children(self._parent) for tree in self._distinct))

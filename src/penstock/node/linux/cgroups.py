@@ -26,6 +26,7 @@ from penstock.node.linux.cgroup_files import Tree
 from penstock.node.linux.cgroup_v1 import V1
 from penstock.node.linux.cgroup_v2 import CONTROLLERS, V2, read_event
 from penstock.node.linux.launcher import CgroupDoors
+from penstock.node.linux.zygote_client import close_all
 from penstock.node.ports import CgroupUsage
 
 ROOT_DEFAULT: Final = "/sys/fs/cgroup"
@@ -73,20 +74,22 @@ class LinuxCgroups:
 
     def doors(self, name: str) -> CgroupDoors:
         """Descriptors for a launch: where pid 1 is born and writes itself, and where its children write themselves."""
-        doors = CgroupDoors(tasks=[], user=[])
+        unified: int | None = None
+        opened: dict[str, list[int]] = {"tasks": [], "user": [], "guest": []}
         try:
             unified = None if self._v2 is None else self._v2.directory(name)
-            doors = CgroupDoors(unified=unified)
             if self._v1 is not None:
-                doors = CgroupDoors(unified=unified, tasks=self._v1.tasks(name))
-                doors = CgroupDoors(unified=unified, tasks=doors.tasks, user=self._v1.user_tasks(name))
+                opened["tasks"] = self._v1.tasks(name)
+                opened["user"] = self._v1.user_tasks(name)
+                opened["guest"] = self._v1.guest_tasks(name)
             elif self._v2 is not None:
-                doors = CgroupDoors(unified=unified, user=self._v2.user_procs(name))
+                opened["user"] = self._v2.user_procs(name)
         except BaseException:
-            for fd in (*doors.tasks, *doors.user, *([] if doors.unified is None else [doors.unified])):
-                os.close(fd)
+            close_all([fd for fds in opened.values() for fd in fds])
+            if unified is not None:
+                os.close(unified)
             raise
-        return doors
+        return CgroupDoors(unified=unified, **opened)
 
     async def kill(self, name: str, *, within_s: float) -> None:
         """Returns when populated is 0. If cancelled, what was killed stays killed. Raises DeadlinePassed.

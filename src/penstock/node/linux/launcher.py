@@ -47,6 +47,7 @@ class CgroupDoors(msgspec.Struct, frozen=True, kw_only=True):
     unified: int | None = None  # the v2 directory pid 1 is born in
     tasks: list[int] = []  # v1 `tasks` files pid 1 writes itself into
     user: list[int] = []  # files the guest writes its children into: v1 `tasks`, v2 `cgroup.procs`
+    guest: list[int] = []  # v1: its own `tasks` in the hierarchies of `user`, by which it comes back from a visit
 
 
 class _Baggage:
@@ -194,6 +195,8 @@ class ZygoteLauncher:
                 baggage.append("tasks", fd)
             for fd in doors.user:
                 baggage.append("user", fd)
+            for fd in doors.guest:
+                baggage.append("guest", fd)
             if doors.unified is not None:
                 baggage.add("unified", doors.unified)
             for path in order.layers:
