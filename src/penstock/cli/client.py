@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 from collections.abc import Iterator
 from typing import Any, Final
@@ -10,17 +11,34 @@ from typing import Any, Final
 import httpx
 
 from penstock.cli.profile import Profile
-from penstock.core.errors import PenstockError
+from penstock.core.errors import Kind, PenstockError
 from penstock.wire import connect
 
 REQUEST_S: Final = 75.0  # above the server's own bound on a create
 
 
+KINDS: Final = {
+    400: Kind.INVALID,
+    401: Kind.UNAUTHENTICATED,
+    403: Kind.FORBIDDEN,
+    404: Kind.NOT_FOUND,
+    409: Kind.CONFLICT,
+    429: Kind.EXHAUSTED,
+    501: Kind.UNSUPPORTED,
+    502: Kind.UNAVAILABLE,
+    503: Kind.UNAVAILABLE,
+    504: Kind.DEADLINE,
+}
+
+
 class CallFailed(PenstockError):
-    """The API refused (`status` is its HTTP status, 0 when nobody answered). The message is the server's."""
+    """The API or the guest refused. The message is the server's, and the kind (our exit code) is that of its status."""
 
     code = "call_failed"
-    status = 0
+
+    def __init__(self, what: str, *, kind: Kind = Kind.INTERNAL, which: str = "", why: str = "", now: str = "") -> None:
+        super().__init__(what, which=which, why=why, now=now)
+        self.kind = kind  # type: ignore[misc]  # of this one, where other errors have one per class
 
 
 class Client:
@@ -69,7 +87,8 @@ class Client:
         return headers
 
     def unary(self, sandbox: dict[str, Any], method: str, message: dict[str, Any], user: str | None = None) -> Any:
-        response = self._guest.post(f"/{method}", json=message, headers=self.guest_headers(sandbox, user))
+        with self._reaching(sandbox):
+            response = self._guest.post(f"/{method}", json=message, headers=self.guest_headers(sandbox, user))
         return _checked(response).json()
 
     def start(self, sandbox: dict[str, Any], message: dict[str, Any], user: str | None) -> Iterator[dict[str, Any]]:
@@ -80,21 +99,19 @@ class Client:
             "Keepalive-Ping-Interval": "50",
         }
         body = connect.frame(json.dumps(message).encode())
-        try:
-            with self._guest.stream("POST", "/process.Process/Start", content=body, headers=headers) as response:
-                if response.status_code != 200:
-                    response.read()
-                    _checked(response)
-                yield from _events(response)
-        except httpx.TransportError as error:
-            raise CallFailed(
-                "the connection to the sandbox broke", which=sandbox["sandboxID"], why=str(error)
-            ) from error
+        with (
+            self._reaching(sandbox),
+            self._guest.stream("POST", "/process.Process/Start", content=body, headers=headers) as response,
+        ):
+            if response.status_code != 200:
+                response.read()
+                _checked(response)
+            yield from _events(response)
 
     def download(self, sandbox: dict[str, Any], path: str, user: str | None) -> Iterator[bytes]:
         params = {"path": path} | ({"username": user} if user else {})
         headers = self.guest_headers(sandbox, None) | {"Accept-Encoding": "identity"}
-        with self._guest.stream("GET", "/files", params=params, headers=headers) as response:
+        with self._reaching(sandbox), self._guest.stream("GET", "/files", params=params, headers=headers) as response:
             if response.status_code != 200:
                 response.read()
                 _checked(response)
@@ -103,7 +120,18 @@ class Client:
     def upload(self, sandbox: dict[str, Any], path: str, chunks: Iterator[bytes], user: str | None) -> Any:
         params = {"path": path} | ({"username": user} if user else {})
         headers = self.guest_headers(sandbox, None) | {"Content-Type": "application/octet-stream"}
-        return _checked(self._guest.post("/files", params=params, headers=headers, content=chunks)).json()
+        with self._reaching(sandbox):
+            response = self._guest.post("/files", params=params, headers=headers, content=chunks)
+        return _checked(response).json()
+
+    @contextlib.contextmanager
+    def _reaching(self, sandbox: dict[str, Any]) -> Iterator[None]:
+        try:
+            yield
+        except httpx.TransportError as error:
+            raise CallFailed(
+                "the connection to the sandbox broke", kind=Kind.UNAVAILABLE, which=sandbox["sandboxID"], why=str(error)
+            ) from error
 
 
 def _events(response: httpx.Response) -> Iterator[dict[str, Any]]:
@@ -114,10 +142,16 @@ def _events(response: httpx.Response) -> Iterator[dict[str, Any]]:
             if flags & connect.END_STREAM:
                 error = message.get("error")
                 if error:
-                    raise CallFailed(error.get("message", error.get("code", "failed")))
+                    code = error.get("code", "internal")
+                raise CallFailed(error.get("message", code), kind=_kind_of(code))
                 return
             yield message["event"]
     raise CallFailed("the sandbox ended while the command ran")
+
+
+def _kind_of(word: str) -> Kind:
+    status = next((code.status for code in connect.Code if code.word == word), 500)
+    return KINDS.get(status, Kind.INTERNAL)
 
 
 def _checked(response: httpx.Response) -> httpx.Response:
@@ -127,10 +161,10 @@ def _checked(response: httpx.Response) -> httpx.Response:
         message = response.json().get("message", response.text)
     except ValueError:
         message = response.text or response.reason_phrase
-    failed = CallFailed(message)
-    failed.status = response.status_code
-    raise failed
+    raise CallFailed(message, kind=KINDS.get(response.status_code, Kind.INTERNAL))
 
 
 def _unreachable(url: str, error: Exception) -> CallFailed:
-    return CallFailed("nobody answers", which=url, why=str(error), now="is the daemon running? (penstock up)")
+    return CallFailed(
+        "nobody answers", kind=Kind.UNAVAILABLE, which=url, why=str(error), now="is the daemon running? (penstock up)"
+    )

@@ -6,11 +6,13 @@ import base64
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any, Final, Optional
 
 import typer
 
 from penstock.cli.show import as_json, fails_clearly, note, table
+
+CHUNK_BYTES: Final = 256 * 1024
 
 app = typer.Typer(help="Work with sandboxes.", no_args_is_help=True)
 
@@ -111,7 +113,9 @@ def exec_(
     user: User = None,
     data: Data = None,
 ) -> None:
-    """Run a command: penstock sandbox exec ID -- ls -la. Its exit code is ours; Ctrl-C kills it."""
+    """Run a command: penstock sandbox exec ID -- ls -la. Its exit code is ours (128 and the number of a signal that
+    ended it); Ctrl-C kills it, and so does a reader of our output that goes away.
+    """
     argv = context.args
     if not argv:
         raise typer.BadParameter("name a command after --")
@@ -156,8 +160,11 @@ def cp(
             assert outward is not None
             box = client.sandbox(outward[0])
             place = Path(target) / Path(outward[1]).name if Path(target).is_dir() else Path(target)
+            chunks = client.download(box, outward[1], user)
+            first = next(chunks, b"")  # a refusal comes here, before an existing file is emptied
             with sys.stdout.buffer if target == "-" else place.open("wb") as file:
-                for chunk in client.download(box, outward[1], user):
+                file.write(first)
+                for chunk in chunks:
                     file.write(chunk)
 
 
@@ -187,6 +194,7 @@ def logs(
 def kill(ids: Annotated[list[str], typer.Argument(help="Sandbox ids.")], data: Data = None, json: Json = False) -> None:
     """Kill sandboxes; returns when they are verified gone."""
     from penstock.cli.client import CallFailed
+    from penstock.core.errors import Kind
 
     killed, missing = [], []
     with _client(data) as client:
@@ -195,7 +203,7 @@ def kill(ids: Annotated[list[str], typer.Argument(help="Sandbox ids.")], data: D
                 client.call("DELETE", f"/sandboxes/{id}")
                 killed.append(id)
             except CallFailed as error:
-                if error.status != 404:
+                if error.kind is not Kind.NOT_FOUND:
                     raise
                 missing.append(id)
     if json:
@@ -210,6 +218,8 @@ def kill(ids: Annotated[list[str], typer.Argument(help="Sandbox ids.")], data: D
 
 
 def _run(client: Any, box: dict[str, Any], message: dict[str, Any], user: str | None, *, piped: bool) -> int:
+    from penstock.cli.terminal import exit_code
+
     pid = 0
     try:
         for event in client.start(box, message, user):
@@ -220,9 +230,8 @@ def _run(client: Any, box: dict[str, Any], message: dict[str, Any], user: str | 
             elif "data" in event:
                 _print(event["data"])
             elif "end" in event:
-                end = event["end"]
-                return int(end.get("exitCode", 0)) & 0xFF if end.get("exited", True) else 137
-    except KeyboardInterrupt:
+                return exit_code(event["end"])
+    except (KeyboardInterrupt, BrokenPipeError):
         if pid:
             selector = {"process": {"pid": pid}, "signal": "SIGNAL_SIGKILL"}
             client.unary(box, "process.Process/SendSignal", selector, user)
@@ -232,14 +241,22 @@ def _run(client: Any, box: dict[str, Any], message: dict[str, Any], user: str | 
 
 def _feed(client: Any, box: dict[str, Any], pid: int, user: str | None) -> None:
     """Send our standard input to the process, then close its own. On a thread: output must flow meanwhile."""
+    import os
     import threading
 
+    from penstock.core.errors import PenstockError
+
+    stdin = sys.stdin.fileno()  # read below `sys.stdin`, whose lock a thread at its end would hold for ever
+
     def pump() -> None:
-        for chunk in _chunks(sys.stdin.buffer):
-            text = base64.b64encode(chunk).decode()
-            message = {"process": {"pid": pid}, "input": {"stdin": text}}
-            client.unary(box, "process.Process/SendInput", message, user)
-        client.unary(box, "process.Process/CloseStdin", {"process": {"pid": pid}}, user)
+        try:
+            while chunk := os.read(stdin, CHUNK_BYTES):
+                text = base64.b64encode(chunk).decode()
+                message = {"process": {"pid": pid}, "input": {"stdin": text}}
+                client.unary(box, "process.Process/SendInput", message, user)
+            client.unary(box, "process.Process/CloseStdin", {"process": {"pid": pid}}, user)
+        except PenstockError:
+            pass  # Safe: the process no longer reads, as with a pipe; its end is told by its own event.
 
     threading.Thread(target=pump, daemon=True).start()
 
@@ -252,7 +269,7 @@ def _print(data: dict[str, str]) -> None:
 
 
 def _chunks(file: Any) -> Iterator[bytes]:
-    while chunk := file.read(256 * 1024):
+    while chunk := file.read(CHUNK_BYTES):
         yield chunk
 
 

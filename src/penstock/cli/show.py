@@ -71,5 +71,10 @@ def fails_clearly(function: Function) -> Function:
             raise SystemExit(130) from None
         except BrokenPipeError:
             raise SystemExit(141) from None
+        except OSError as error:
+            if error.filename is None:
+                raise  # not about a file that the person named
+            note(f"penstock: {error.filename}: {error.strerror}")
+            raise SystemExit(EXIT_CODES[Kind.INTERNAL]) from None
 
     return run  # type: ignore[return-value]

@@ -1,0 +1,92 @@
+"""What the command line does when something is not as it should be: exit codes, broken pipes, files that are not."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tests.installation import PENSTOCK, Installation
+
+pytestmark = [pytest.mark.root, pytest.mark.timeout(300)]
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
+    installation = Installation(tmp_path_factory.mktemp("cli") / "data").up()
+    yield installation
+    installation.destroy()
+
+
+@pytest.fixture(scope="module")
+def box(one: Installation) -> str:
+    return one.run("sandbox", "create").stdout.strip()
+
+
+def shell(one: Installation, script: str, **names: str) -> subprocess.CompletedProcess[str]:
+    """A script of the person's own shell, where `$P` is penstock."""
+    environ = {**one.environ(), "P": PENSTOCK, **names}
+    return subprocess.run(["bash", "-c", script], env=environ, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("command", "code"), [("exit 7", 7), ("kill -9 $$", 137), ("kill -TERM $$", 143), ("kill -SEGV $$", 139)]
+)
+def test_exec_ends_as_the_command_did(one, box, command, code):
+    assert (
+        one.run("sandbox", "exec", box, "--", "sh", "-c", command, check=False, stdin=subprocess.DEVNULL).returncode
+        == code
+    )
+
+
+def test_refusals_have_exit_codes_of_their_own(one, box):
+    assert one.run("sandbox", "show", "inosuch00000000000000", check=False).returncode == 4
+    assert one.run("sandbox", "create", "nosuch", check=False).returncode == 4
+    assert one.run("sandbox", "cp", f"{box}:/nosuch", "-", check=False).returncode == 4
+    refused = shell(one, "E2B_API_KEY=e2b_0000000000000000000000000000000000000000 $P sandbox list")
+    # With --data in the environment alone, the variables of the SDKs win.
+    assert refused.returncode == 3, refused.stderr
+
+
+def test_exec_ends_while_its_standard_input_is_still_open(one, box):
+    reading, writing = os.pipe()
+    try:
+        ran = one.run("sandbox", "exec", box, "--", "true", check=False, stdin=reading)
+    finally:
+        os.close(reading)
+        os.close(writing)
+    assert (ran.returncode, ran.stderr) == (0, "")
+
+
+def test_a_command_that_does_not_read_its_input_is_no_error(one, box):
+    ran = shell(
+        one, "head -c 3000000 /dev/zero | $P sandbox exec $BOX -- head -c1 | wc -c; echo ${PIPESTATUS[1]}", BOX=box
+    )
+    assert (ran.stdout.split(), ran.stderr) == (["1", "0"], "")
+
+
+def test_a_reader_that_goes_away_ends_the_command(one, box):
+    ran = shell(one, "$P sandbox exec $BOX -- yes </dev/null | head -1; echo ${PIPESTATUS[0]}", BOX=box)
+    assert ran.stdout.split() == ["y", "141"]
+    until = time.monotonic() + 10
+    while "yes" in one.run("sandbox", "exec", box, "--", "ps", "-eo", "comm").stdout.split():
+        assert time.monotonic() < until, "it still runs"
+
+
+def test_a_shell_without_a_terminal_ends_with_its_input(one, box):
+    assert "hi there" in shell(one, "echo 'echo hi there' | $P sandbox shell $BOX", BOX=box).stdout
+
+
+def test_a_copy_that_fails_says_why_and_touches_no_file(one, box, tmp_path: Path):
+    kept = tmp_path / "kept"
+    kept.write_text("mine")
+    missing = one.run("sandbox", "cp", f"{box}:/nosuch", str(kept), check=False)
+    assert (missing.returncode, kept.read_text()) == (4, "mine")
+    for source in (tmp_path / "nosuch", tmp_path):
+        ran = one.run("sandbox", "cp", str(source), f"{box}:/tmp/x", check=False)
+        assert ran.returncode == 1
+        assert ran.stderr.startswith(f"penstock: {source}: ")
+        assert "Traceback" not in ran.stderr
