@@ -18,10 +18,11 @@ import pytest
 from tests.linux import netlab
 from tests.linux.netlab import HOST, METADATA, OTHER_SERVER, PRIVATE_SERVER, SERVER, Lab, dial, inside, outcome, run
 
+from penstock.model.errors import NotTheSlot
 from penstock.model.sandbox import EgressRules
 from penstock.node.linux import netns
 from penstock.node.linux.claims import Claims
-from penstock.node.linux.network import LinuxNetwork, NotTheSlot
+from penstock.node.linux.network import LinuxNetwork
 from penstock.node.linux.traces import NetworkTraces, read_traces
 from penstock.node.linux.uplink import AddressTaken
 from penstock.node.ports import Slot

@@ -15,6 +15,7 @@ __all__ = [
     "LimitReached",
     "NoFreeSlot",
     "NotFound",
+    "NotTheSlot",
     "Pinned",
     "PoolClosed",
     "Unauthenticated",
@@ -63,6 +64,12 @@ class Conflict(PenstockError):
 
     kind: ClassVar[Kind] = Kind.CONFLICT
     code: ClassVar[str] = "conflict"
+
+
+class NotTheSlot(Conflict):
+    """Raised by `Network`: no such slot, or the process is not in it. Treat the sandbox as unknown."""
+
+    code: ClassVar[str] = "not_the_slot"
 
 
 class LimitReached(PenstockError):

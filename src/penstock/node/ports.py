@@ -126,11 +126,14 @@ class Cgroups(Protocol):
 
     def list_names(self) -> set[str]: ...
 
-    def pids(self, name: str) -> list[int]: ...
+    def pids(self, name: str) -> list[int]:
+        """Of every process in it and below. Empty when it is absent."""
 
-    def usage(self, name: str) -> CgroupUsage: ...
+    def usage(self, name: str) -> CgroupUsage:
+        """Raises FileNotFoundError when it is absent."""
 
-    async def freeze(self, name: str, *, within_s: float) -> None: ...
+    async def freeze(self, name: str, *, within_s: float) -> None:
+        """Return when every process in it stands still. Raises FileNotFoundError when it is absent; so does `thaw`."""
 
     async def thaw(self, name: str, *, within_s: float) -> None: ...
 
@@ -139,16 +142,23 @@ class Network(Protocol):
     async def open(self) -> None:
         """Make or re-take the router namespace and its ruleset."""
 
-    async def create_slot(self, number: int) -> Slot: ...
+    async def create_slot(self, number: int) -> Slot:
+        """Raises FileExistsError when the kernel still shows the slot, whoever made it."""
 
     async def destroy_slot(self, number: int, *, within_s: float) -> None:
         """Withdraw its rules, flush its connections, close its descriptors, verify its link is gone."""
 
     async def apply(self, number: int, rules: EgressRules) -> None:
-        """Replace the slot's egress rules, and cut live connections the new rules do not allow."""
+        """Replace the slot's egress rules, and cut live connections the new rules do not allow.
+
+        Raises NotTheSlot or Invalid, and then nothing has changed.
+        """
 
     def retake(self, number: int, pid: int) -> Slot:
-        """The slot of a running sandbox after a restart of the daemon, from /proc/<pid>/ns."""
+        """The slot of a running sandbox after a restart of the daemon, from /proc/<pid>/ns.
+
+        Raises NotTheSlot when the process lives in another one, OSError when it has died.
+        """
 
     def list_slots(self) -> set[int]:
         """Numbers of every slot of this installation the kernel still shows (links, set elements)."""
@@ -158,31 +168,43 @@ class Network(Protocol):
 
 
 class Disks(Protocol):
-    async def create(self, name: str, limits: Limits) -> Disk: ...
+    async def create(self, name: str, limits: Limits) -> Disk:
+        """Raises FileExistsError when it is there."""
 
     async def remove(self, name: str, *, within_s: float) -> None:
-        """Unlink the image and verify that no loop device holds it. Absent is success."""
+        """Unlink the image and verify that no loop device holds it. Absent is success.
+
+        Raises DeadlinePassed while a living process uses it: the image stays listed.
+        """
 
     def list_names(self) -> set[str]: ...
 
-    def used_bytes(self, name: str) -> int: ...
+    def used_bytes(self, name: str) -> int:
+        """What it takes on the host's disk. Raises FileNotFoundError when it is absent."""
 
 
 class Files(Protocol):
     """The node's own folder: records and run directories. Writes survive kill -9 of the daemon, not power loss."""
 
-    def make_run_dir(self, sandbox: str) -> str: ...
+    def make_run_dir(self, sandbox: str) -> str:
+        """Its path. One that is there already is kept."""
 
-    def remove_run_dir(self, sandbox: str) -> None: ...
+    def remove_run_dir(self, sandbox: str) -> None:
+        """With all that is in it. Absent is success."""
 
     def list_run_dirs(self) -> set[str]: ...
 
     def append_record(self, sandbox: str, line: bytes) -> None:
-        """Append one line to the sandbox's record, creating it. On disk (page cache) when it returns."""
+        """Append one line to the sandbox's record, creating it. On disk (page cache) when it returns.
 
-    def read_record(self, sandbox: str) -> list[bytes]: ...
+        A torn last line, which nobody was told of, gives way to it. Raises OSError with the record as it was.
+        """
 
-    def remove_record(self, sandbox: str) -> None: ...
+    def read_record(self, sandbox: str) -> list[bytes]:
+        """Its whole lines, oldest first. Empty when it is absent."""
+
+    def remove_record(self, sandbox: str) -> None:
+        """Absent is success."""
 
     def list_records(self) -> set[str]: ...
 

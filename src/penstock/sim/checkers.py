@@ -82,6 +82,8 @@ class Checkers:
 
     def on_kernel(self, kind: str, name: str, verb: str) -> None:
         records = self._kernel.records
+        if verb == "made twice":
+            self.blame(f"{kind} {name} made twice")
         if verb == "made":
             record = {"slot": f"slot{name}", "cgroup": name.removeprefix("sb-")}.get(kind, name)
             if record not in records:
@@ -116,7 +118,7 @@ class Checkers:
         left += [f"disk {sandbox}"] if sandbox in kernel.disks else []
         left += [f"folder {sandbox}"] if sandbox in kernel.run_dirs else []
         lent = f'"owner":"{sandbox}"'.encode()
-        left += [name for name, lines in kernel.records.items() if lent in lines[-1] and name != sandbox]
+        left += [name for name, lines in kernel.records.items() if lines and lent in lines[-1] and name != sandbox]
         return left
 
     # -- the store: answered once, ended means nothing left, expiry --

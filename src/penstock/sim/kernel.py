@@ -1,8 +1,8 @@
-"""A Linux machine in memory: every port of `node/ports.py` with the same promises, delays and refusals.
+"""The node's ports in front of a machine in memory, with the same promises, delays and refusals as Linux.
 
-`Kernel` is what survives the daemon: processes, cgroups, slots, disks, folders, records, the boot id. The adapters
-belong to one `Life` of the daemon; when that life is over (kill -9), each further call of theirs raises `Dead`, so that
-no `finally` of a dead daemon can touch the machine.
+The adapters belong to one `Life` of the daemon; when that life is over (kill -9), each further call of theirs raises
+`Dead`, so that no `finally` of a dead daemon can touch the machine. `tests/contract/` holds them to what the adapters
+of `node/linux/` do.
 """
 
 from __future__ import annotations
@@ -10,83 +10,20 @@ from __future__ import annotations
 import asyncio
 import errno
 import signal
-from collections.abc import Callable
-from typing import Final
 
 from penstock.core.deadlines import DeadlinePassed, within
-from penstock.model.errors import LaunchFailed
+from penstock.model.errors import LaunchFailed, NotTheSlot
 from penstock.model.sandbox import EgressRules, Limits
+from penstock.node.egress_rules import compile_rules
 from penstock.node.ports import CgroupUsage, Disk, LaunchOrder, Ports, Slot, Stray
-from penstock.sim.faults import Faults
-from penstock.sim.guests import Guest, Manner, Nursery
-from penstock.sim.trace import Trace
+from penstock.sim.guests import Guest, Manner
+from penstock.sim.machinery import FOREVER_S, Dead, Life, Machinery, Proc
 
-FOREVER_S: Final = 1e9
-
-
-class Dead(BaseException):
-    """The daemon that calls was killed. Not an Exception: production code must not be able to handle its own death."""
+__all__ = ["Dead", "Kernel", "Life", "Proc", "SimFiles"]
 
 
-class Life:
-    """One run of the daemon, from start to kill -9."""
-
-    def __init__(self, number: int, *, crash_after: int | None = None, before_write: bool = False) -> None:
-        self.number = number
-        self.dead = False
-        self.died = asyncio.Event()
-        self._appends_left = crash_after
-        self._before_write = before_write
-
-    def check(self) -> None:
-        if self.dead:
-            raise Dead
-
-    def end(self) -> None:
-        self.dead = True
-        self.died.set()
-
-    def append(self, write: Callable[[], None]) -> None:
-        """Do `write`, unless the daemon dies in it: then before or after the bytes reached the page cache."""
-        self.check()
-        if self._appends_left is not None:
-            self._appends_left -= 1
-            if self._appends_left <= 0:
-                if not self._before_write:
-                    write()
-                self.end()
-                raise Dead
-        write()
-
-
-class Proc:
-    """A process the kernel knows."""
-
-    def __init__(self, pid: int, start_ticks: int, order: LaunchOrder, guest: Guest) -> None:
-        self.pid, self.start_ticks, self.order, self.guest = pid, start_ticks, order, guest
-        self.cgroup: str | None = order.cgroup
-        self.alive = True
-        self.gone = asyncio.Event()
-
-
-class Kernel:
-    """The machine. `told(kind, name, verb)` is called at every change, for the checkers."""
-
-    def __init__(self, *, faults: Faults, nursery: Nursery, trace: Trace) -> None:
-        self.faults, self.nursery, self.trace = faults, nursery, trace
-        self.told: Callable[[str, str, str], None] = lambda kind, name, verb: None
-        self.boots = 1
-        self.processes: dict[int, Proc] = {}
-        self.cgroups: dict[str, bool] = {}  # name → frozen
-        self.slots: dict[int, EgressRules] = {}
-        self.disks: dict[str, Limits] = {}
-        self.run_dirs: set[str] = set()
-        self.records: dict[str, list[bytes]] = {}
-        self._pids = 1_000
-
-    @property
-    def boot_id(self) -> str:
-        return f"boot-{self.boots}"
+class Kernel(Machinery):
+    """The machine, and the ports of the daemon that lives `life` on it."""
 
     def ports(self, life: Life) -> Ports:
         return Ports(
@@ -98,60 +35,6 @@ class Kernel:
             strays=SimStrays(self),
         )
 
-    def reboot(self) -> None:
-        """Power off and on: what lives in the kernel is gone, what lies on disk is not."""
-        self.trace.say("reboot")
-        for proc in list(self.processes.values()):
-            self.end_process(proc)
-        for name in list(self.cgroups):
-            del self.cgroups[name]
-            self.told("cgroup", name, "gone")
-        for number in list(self.slots):
-            del self.slots[number]
-            self.told("slot", str(number), "gone")
-        self.boots += 1
-
-    def start_process(self, order: LaunchOrder, guest: Guest) -> Proc:
-        self._pids += 1
-        proc = Proc(self._pids, self._pids * 7, order, guest)
-        self.processes[proc.pid] = proc
-        self.change("process", order.sandbox, "made")
-        return proc
-
-    def end_process(self, proc: Proc) -> None:
-        if not proc.alive:
-            return
-        proc.alive = False
-        del self.processes[proc.pid]
-        proc.gone.set()
-        self.change("process", proc.order.sandbox, "gone")
-
-    def members(self, cgroup: str) -> list[Proc]:
-        return [proc for proc in self.processes.values() if proc.cgroup == cgroup]
-
-    def change(self, kind: str, name: str, verb: str) -> None:
-        self.trace.say(f"{kind} {verb}", name=name)
-        self.told(kind, name, verb)
-
-    async def step(self, life: Life, what: str, usual_s: float) -> None:
-        """The time an operation takes, and its chance to fail before it did anything."""
-        life.check()
-        delay_s = self.faults.delay_s(usual_s)
-        fails = self.faults.fails()
-        await asyncio.sleep(delay_s)
-        life.check()
-        if fails:
-            self.trace.say("fault", op=what.replace(" ", "_"))
-            raise OSError(errno.EIO, f"{what} failed (simulated)")
-
-    async def release(self, life: Life, what: str, usual_s: float, within_s: float) -> None:
-        """A step of a release, that may stay busy until its deadline."""
-        async with within(within_s, what):
-            if self.faults.busy():
-                self.trace.say("busy", op=what.replace(" ", "_"))
-                await asyncio.sleep(FOREVER_S)
-            await self.step(life, what, usual_s)
-
 
 class SimProcess:
     """A handle on pid 1 of a sandbox: the pidfd of one life of the daemon."""
@@ -159,7 +42,7 @@ class SimProcess:
     def __init__(self, kernel: Kernel, life: Life, proc: Proc) -> None:
         self._kernel, self._life, self._proc = kernel, life, proc
         self.pid, self.start_ticks = proc.pid, proc.start_ticks
-        self.steps_ms: dict[str, float] = {}
+        self.steps_ms: dict[str, float] = {}  # of the launch; empty when adopted
 
     async def wait(self) -> int | None:
         await self._proc.gone.wait()
@@ -204,7 +87,9 @@ class SimLauncher:
             if not self._life.dead:
                 kernel.end_process(proc)
             raise
-        return SimProcess(kernel, self._life, proc)
+        process = SimProcess(kernel, self._life, proc)
+        process.steps_ms = {"hello": guest.hello_s * 1000}
+        return process
 
     async def _hello(self, proc: Proc) -> None:
         """Until the guest answers, or pid 1 is gone: a launcher hears of both."""
@@ -250,6 +135,8 @@ class SimCgroups:
 
     async def kill(self, name: str, *, within_s: float) -> None:
         await self._kernel.release(self._life, f"cgroup kill {name}", 0.001, within_s)
+        if name in self._kernel.cgroups:
+            self._kernel.cgroups[name] = False  # thawed: a frozen process of v1 would not die
         for proc in self._kernel.members(name):
             self._kernel.end_process(proc)
 
@@ -257,8 +144,10 @@ class SimCgroups:
         await self._kernel.release(self._life, f"cgroup remove {name}", 0.001, within_s)
         if name not in self._kernel.cgroups:
             return
-        if self._kernel.members(name):
-            raise OSError(errno.EBUSY, "Device or resource busy", name)
+        busy = f"removal of cgroup {name}"
+        await self._kernel.until(self._life, lambda: not self._kernel.members(name), busy, within_s)
+        if name not in self._kernel.cgroups:
+            return
         del self._kernel.cgroups[name]
         self._kernel.change("cgroup", name, "gone")
 
@@ -272,16 +161,23 @@ class SimCgroups:
 
     def usage(self, name: str) -> CgroupUsage:
         self._life.check()
+        self._find(name)
         pids = len(self._kernel.members(name))
         return CgroupUsage(cpu_s=0.0, memory_bytes=0, memory_cache_bytes=0, memory_bytes_max=0, pids=pids, oom_kills=0)
 
     async def freeze(self, name: str, *, within_s: float) -> None:
         await self._kernel.release(self._life, f"freeze {name}", 0.0005, within_s)
+        self._find(name)
         self._kernel.cgroups[name] = True
 
     async def thaw(self, name: str, *, within_s: float) -> None:
         await self._kernel.release(self._life, f"thaw {name}", 0.0005, within_s)
+        self._find(name)
         self._kernel.cgroups[name] = False
+
+    def _find(self, name: str) -> None:
+        if name not in self._kernel.cgroups:
+            raise FileNotFoundError(errno.ENOENT, "No such file or directory", name)
 
 
 class SimNetwork:
@@ -293,7 +189,9 @@ class SimNetwork:
 
     async def create_slot(self, number: int) -> Slot:
         await self._kernel.step(self._life, f"slot create {number}", 0.001)
-        assert number not in self._kernel.slots, f"slot {number} made twice"
+        if number in self._kernel.slots:
+            self._kernel.told("slot", str(number), "made twice")
+            raise FileExistsError(errno.EEXIST, "File exists", f"slot {number}")
         self._kernel.slots[number] = EgressRules()
         self._kernel.change("slot", str(number), "made")
         return _slot(number)
@@ -305,13 +203,18 @@ class SimNetwork:
 
     async def apply(self, number: int, rules: EgressRules) -> None:
         await self._kernel.step(self._life, f"rules of slot {number}", 0.0005)
-        assert number in self._kernel.slots, f"rules for slot {number}, which does not exist"
+        if number not in self._kernel.slots:
+            raise NotTheSlot("no such network slot", which=str(number))
+        compile_rules(rules, allow_private=False)
         self._kernel.slots[number] = rules
 
     def retake(self, number: int, pid: int) -> Slot:
         self._life.check()
-        if number not in self._kernel.slots or pid not in self._kernel.processes:
-            raise FileNotFoundError(errno.ENOENT, "No such file or directory", f"slot {number} of pid {pid}")
+        proc = self._kernel.processes.get(pid)
+        if proc is None:
+            raise FileNotFoundError(errno.ENOENT, "No such file or directory", f"/proc/{pid}")
+        if number not in self._kernel.slots or proc.order.slot.number != number:
+            raise NotTheSlot("the process is not in its network slot", which=str(number), why=f"pid {pid}")
         return _slot(number)
 
     def list_slots(self) -> set[int]:
@@ -328,13 +231,16 @@ class SimDisks:
 
     async def create(self, name: str, limits: Limits) -> Disk:
         await self._kernel.step(self._life, f"disk create {name}", 0.002)
-        assert name not in self._kernel.disks, f"disk {name} made twice"
+        if name in self._kernel.disks:
+            self._kernel.told("disk", name, "made twice")
+            raise FileExistsError(errno.EEXIST, "File exists", name)
         self._kernel.disks[name] = limits
         self._kernel.change("disk", name, "made")
         return Disk(name=name, path=f"/sim/disks/{name}.img")
 
     async def remove(self, name: str, *, within_s: float) -> None:
         await self._kernel.release(self._life, f"disk remove {name}", 0.001, within_s)
+        await self._kernel.until(self._life, lambda: not self._in_use(name), f"release of disk {name}", within_s)
         if self._kernel.disks.pop(name, None) is not None:
             self._kernel.change("disk", name, "gone")
 
@@ -344,7 +250,12 @@ class SimDisks:
 
     def used_bytes(self, name: str) -> int:
         self._life.check()
+        if name not in self._kernel.disks:
+            raise FileNotFoundError(errno.ENOENT, "No such file or directory", name)
         return 0
+
+    def _in_use(self, name: str) -> bool:
+        return any(proc.order.disk.name == name for proc in self._kernel.processes.values())
 
 
 class SimFiles:
@@ -372,9 +283,14 @@ class SimFiles:
         self._kernel.faults.refuse_append()
 
         def write() -> None:
+            self._kernel.torn.pop(sandbox, None)  # nobody was told of it
             self._kernel.records.setdefault(sandbox, []).append(line)
 
-        self._life.append(write)
+        def tear() -> None:
+            self._kernel.records.setdefault(sandbox, [])
+            self._kernel.torn[sandbox] = line[: len(line) // 2]
+
+        self._life.append(write, tear)
 
     def read_record(self, sandbox: str) -> list[bytes]:
         self._life.check()
@@ -382,6 +298,7 @@ class SimFiles:
 
     def remove_record(self, sandbox: str) -> None:
         self._life.check()
+        self._kernel.torn.pop(sandbox, None)
         if self._kernel.records.pop(sandbox, None) is not None:
             self._kernel.change("record", sandbox, "gone")
 

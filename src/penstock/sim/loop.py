@@ -13,7 +13,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
+import os
 import random
+import select
 import selectors
 from collections.abc import Callable, Coroutine, Mapping
 from types import CoroutineType
@@ -25,6 +28,9 @@ EPOCH: Final = 1_767_225_600.0  # wall seconds at virtual zero: 2026-01-01 00:00
 # Timers this near are due. asyncio's own 1e-9 is lost in the rounding beyond 9e6 s: a timer due now never fires there.
 RESOLUTION_S: Final = 1e-7
 STALL_SELECTS_MAX: Final = 1_000_000  # passes of the loop at one virtual instant before it counts as a livelock
+
+# Which process of the world runs: inherited by its tasks, and by what its connections call. "" is the world itself.
+PROCESS: Final[contextvars.ContextVar[str]] = contextvars.ContextVar("simulated process", default="")
 
 T = TypeVar("T")
 
@@ -51,7 +57,11 @@ class OutsideWorld(PenstockError):
 
 
 class _TimeSelector(selectors.BaseSelector):
-    """Registers one descriptor, the loop's own wake-up pipe, and never looks at it: nobody outside writes to it."""
+    """Registers one descriptor, the loop's own wake-up pipe, and never looks at it: nobody outside writes to it.
+
+    Only descriptors of inotify are let in beside it: what they tell was done by this very thread a moment ago, so it is
+    as repeatable as the rest.
+    """
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -59,18 +69,28 @@ class _TimeSelector(selectors.BaseSelector):
         self.on_stall: Callable[[], None] = lambda: None
         self._keys: dict[Any, selectors.SelectorKey] = {}
         self._selects = 0
+        self._own: dict[int, selectors.SelectorKey] = {}  # by descriptor, inotify's
 
     def register(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
+        fd = fileobj if isinstance(fileobj, int) else fileobj.fileno()
         if self._keys:
-            raise OutsideWorld("real descriptor in a simulation", which=repr(fileobj), now="use a simulated stream")
-        key = selectors.SelectorKey(fileobj, fileobj if isinstance(fileobj, int) else fileobj.fileno(), events, data)
+            if not _is_inotify(fd):
+                raise OutsideWorld("real descriptor in a simulation", which=repr(fileobj), now="use a simulated stream")
+            self._own[fd] = selectors.SelectorKey(fileobj, fd, events, data)
+        key = selectors.SelectorKey(fileobj, fd, events, data)
         self._keys[fileobj] = key
         return key
 
     def unregister(self, fileobj: Any) -> selectors.SelectorKey:
-        return self._keys.pop(fileobj)
+        key = self._keys.pop(fileobj)
+        self._own.pop(key.fd, None)
+        return key
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        if self._own:
+            ready, _, _ = select.select(sorted(self._own), (), (), 0)
+            if ready:
+                return [(self._own[fd], selectors.EVENT_READ) for fd in ready]
         if timeout is None:
             self.on_idle()
         elif timeout > 0:
@@ -96,7 +116,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         self._clock_resolution = RESOLUTION_S
         self.seed = seed
         self.rng = random.Random(seed)
-        self._tasks_in_order: dict[asyncio.Task[Any], None] = {}
+        self._tasks_in_order: dict[asyncio.Task[Any], str] = {}  # with the process each belongs to
         self._time.on_idle = self._raise_deadlock
         self._time.on_stall = self._raise_livelock
         self.set_task_factory(_make_task)
@@ -110,6 +130,10 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     def tasks(self) -> list[asyncio.Task[Any]]:
         """Every unfinished task, oldest first."""
         return list(self._tasks_in_order)
+
+    def process_of(self, task: asyncio.Task[Any]) -> str:
+        """The process an unfinished task belongs to."""
+        return self._tasks_in_order.get(task, "")
 
     def _raise_deadlock(self) -> None:
         raise Deadlock("nothing can happen any more", which=f"seed {self.seed}", why=self._describe())
@@ -126,7 +150,7 @@ def _make_task(loop: asyncio.AbstractEventLoop, coro: Any, *, context: Any = Non
     """Keep tasks in order of birth: asyncio's own register is a set, and walking it would follow addresses."""
     assert isinstance(loop, VirtualLoop)
     task: asyncio.Task[Any] = asyncio.Task(coro, loop=loop, context=context, **options)
-    loop._tasks_in_order[task] = None
+    loop._tasks_in_order[task] = PROCESS.get() if context is None else context.get(PROCESS, "")
     task.add_done_callback(lambda done: loop._tasks_in_order.pop(done, None))
     return task
 
@@ -175,6 +199,17 @@ def _wind_up(loop: VirtualLoop) -> None:
         with contextlib.suppress(Exception, asyncio.CancelledError):
             loop.run_until_complete(task)
     loop.run_until_complete(loop.shutdown_asyncgens())
+
+
+def start_process(name: str, coro: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    """Run `coro` as the first task of a process of the world. Nobody is above it: who starts it watches its end."""
+    context = contextvars.copy_context()
+    context.run(PROCESS.set, name)
+    return asyncio.get_running_loop().create_task(coro, name=name, context=context)
+
+
+def _is_inotify(fd: int) -> bool:
+    return os.readlink(f"/proc/self/fd/{fd}") == "anon_inode:inotify"
 
 
 def _place(coro: Any) -> str:

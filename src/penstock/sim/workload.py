@@ -91,6 +91,9 @@ class Client:
             created_at=now,
             end_at=now + rng.choice((0.0, 1.0, 5.0, 30.0, 120.0)),
             egress=EgressRules(internet=rng.random() < 0.5),
+            # By its name, so that it takes no draw.
+            traffic_private=self.sandbox[-1] < "h",
+            mask_request_host="app.example:${PORT}" if self.sandbox[-2] < "h" else None,
         )
         self._world.trace.say("create", sandbox=self.sandbox, end_at=spec.end_at)
 

@@ -48,6 +48,7 @@ WORLD_S: Final = 3_000.0  # virtual seconds no world may exceed
 WRITE_S: Final = 5.0
 LOOK_S: Final = 0.25
 RETENTION_S: Final = 30.0
+DAEMON: Final = "daemon"  # its processes are called so, and numbered
 
 Writes = list[tuple[str, bytes, int | None]]
 
@@ -122,12 +123,13 @@ class World:
             current = asyncio.current_task()
             assert current is not None
             self._own.add(current)
-            self._start(crew, self._keep_alive(), "daemon's keeper")
-            self._start(crew, self._watch_expiry(), "expiry checker")
-            self._start(crew, self._step_clock(), "clock steps")
-            self._start(crew, self._stop_as_planned(), "planned stops")
-            clients = [self._start(crew, client.live(), f"client {client.sandbox}") for client in self._clients]
-            for client in clients:
+            self.start(crew, self._keep_alive(), "daemon's keeper")
+            self.start(crew, self._watch_expiry(), "expiry checker")
+            self.start(crew, self._step_clock(), "clock steps")
+            self.start(crew, self._stop_as_planned(), "planned stops")
+            clients = [self.start(crew, client.live(), f"client {client.sandbox}") for client in self._clients]
+            beside = self.live_beside(crew)
+            for client in (*clients, *beside):
                 await client
             self.faults.calm()
             self.trace.say("calm")
@@ -136,6 +138,13 @@ class World:
             await self._end()
             crew.cancel_all()
         self._raise_violations()
+
+    def live_beside(self, crew: Crew) -> list[asyncio.Task[object]]:
+        """Start what a world has beside its machine and its clients. What is returned is awaited as clients are."""
+        return []
+
+    async def serve_beside(self, daemon: Daemon, crew: Crew) -> None:
+        """What a daemon serves to other processes, once its store is open. `crew` is the daemon's."""
 
     # -- what clients use --
 
@@ -209,7 +218,7 @@ class World:
             life = Life(self.lives, crash_after=crash_after, before_write=self.rng.random() < 0.5)
             self.trace.say("daemon starts", life=life.number)
             daemon = Daemon(self, life, self._settings)
-            task = asyncio.get_running_loop().create_task(daemon.run(), name=f"daemon {life.number}")
+            task = virtual.start_process(f"{DAEMON} {life.number}", daemon.run())
             await self._outlive(daemon, life, task)
             self.daemon = None
             if self._over:
@@ -237,7 +246,11 @@ class World:
         loop = asyncio.get_running_loop()
         assert isinstance(loop, virtual.VirtualLoop)
         for _ in range(1_000):
-            left = [task for task in loop.tasks() if task not in self._own and not task.done()]
+            left = [
+                task
+                for task in loop.tasks()
+                if task not in self._own and not task.done() and not _outlives_daemon(loop.process_of(task))
+            ]
             if not left:
                 return
             for task in reversed(left):
@@ -252,7 +265,7 @@ class World:
 
     # -- what goes on beside --
 
-    def _start(self, crew: Crew, coro: object, name: str) -> asyncio.Task[object]:
+    def start(self, crew: Crew, coro: object, name: str) -> asyncio.Task[object]:
         task: asyncio.Task[object] = crew.spawn(coro, name=name)  # type: ignore[arg-type]
         self._own.add(task)
         return task
@@ -350,6 +363,7 @@ class Daemon:
             await self.store.open()
             if self.store.get(keys.BUILD + BUILD) is None:
                 await self.store.commit([Put(keys.BUILD + BUILD, msgspec.json.encode(_BUILD))], by="run")
+            await world.serve_beside(self, crew)
             await self.node.open()
             await self.controller.open(crew)
             self.up = True
@@ -425,6 +439,11 @@ _BUILD: Final = Build(
     layers=(Layer(digest="sha256:0", path="/sim/layers/0"),),
     created_at=0.0,
 )
+
+
+def _outlives_daemon(process: str) -> bool:
+    """Whether tasks of this process are nobody's business when a daemon is killed: ingress and guests live on."""
+    return process != "" and not process.startswith(DAEMON)
 
 
 def _seen(task: asyncio.Task[None]) -> None:

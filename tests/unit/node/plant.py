@@ -198,7 +198,11 @@ class Plant:
             *(f"cgroup {name}" for name in kernel.cgroups if name == f"sb-{sandbox}"),
             *(f"disk {name}" for name in kernel.disks if name == sandbox),
             *(f"run dir {name}" for name in kernel.run_dirs if name == sandbox),
-            *(f"record {name}" for name, lines in kernel.records.items() if name == sandbox or lent in lines[-1]),
+            *(
+                f"record {name}"
+                for name, lines in kernel.records.items()
+                if name == sandbox or (lines and lent in lines[-1])
+            ),
         ]
 
     def processes_of(self, sandbox: str) -> list[int]:

@@ -27,7 +27,7 @@ def test_a_bound_sandbox_becomes_ready_with_everything_it_needs() -> None:
         assert (status.slot, status.address) == (proc.order.slot.number, proc.order.slot.address)
         assert status.guest_socket == f"{proc.order.run_dir}/guest.sock"
         assert status.started_at == pytest.approx(plant.clock.wall(), abs=1)
-        assert list(status.steps_ms) == ["run_dir", "slot", "disk", "cgroup", "rules", "process"]
+        assert list(status.steps_ms) == ["run_dir", "slot", "disk", "cgroup", "rules", "process", "launch.hello"]
         assert plant.kernel.slots[status.slot] == rules
         assert proc.order.guest.env == {"FROM": "build", "MINE": "1"}
         assert proc.order.guest.access_token

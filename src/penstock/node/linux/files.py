@@ -40,10 +40,10 @@ class LinuxFiles:
     def append_record(self, sandbox: str, line: bytes) -> None:
         """Append `line` and a newline in one write. Raises OSError with the record as it was."""
         assert b"\n" not in line
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
         fd = os.open(self._record(sandbox), flags, 0o600)
         try:
-            before = os.fstat(fd).st_size
+            before = _whole_bytes(fd)
             data = line + b"\n"
             if os.write(fd, data) != len(data):
                 os.ftruncate(fd, before)  # half a line would swallow the next one
@@ -77,3 +77,12 @@ class LinuxFiles:
 def _below(folder: str, name: str) -> str:
     assert name and "/" not in name and not name.startswith("."), f"not a name of ours: {name!r}"
     return f"{folder}/{name}"
+
+
+def _whole_bytes(fd: int) -> int:
+    """The size of the record. A torn last line is cut off first: it would swallow what is appended to it."""
+    size = os.fstat(fd).st_size
+    if size and os.pread(fd, 1, size - 1) != b"\n":
+        size = os.pread(fd, _RECORD_BYTES_MAX, 0).rfind(b"\n") + 1
+        os.ftruncate(fd, size)
+    return size

@@ -18,8 +18,9 @@ from typing import Final, TypeVar
 import msgspec
 
 from penstock.core.deadlines import within
-from penstock.core.errors import Kind, PenstockError
+from penstock.core.errors import PenstockError
 from penstock.core.settle import settle
+from penstock.model.errors import NotTheSlot
 from penstock.model.sandbox import EgressRules
 from penstock.node.egress_rules import CLOSED, Egress, compile_rules
 from penstock.node.linux import egress, links, netns
@@ -36,13 +37,6 @@ OPEN_S: Final = 30.0
 CREATE_S: Final = 10.0
 
 _T = TypeVar("_T")
-
-
-class NotTheSlot(PenstockError):
-    """Raised by `retake`: the process is not in the slot it is said to be in. Treat the sandbox as unknown."""
-
-    kind = Kind.CONFLICT
-    code = "not_the_slot"
 
 
 class NetworkStatistics(msgspec.Struct, frozen=True, kw_only=True):
