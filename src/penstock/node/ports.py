@@ -33,7 +33,10 @@ class Slot(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Disk(msgspec.Struct, frozen=True, kw_only=True):
-    """The writable upper of one sandbox: an ext4 image of a fixed size, mounted but attached nowhere."""
+    """The writable upper of one sandbox: an ext4 image of a fixed size, mounted but attached nowhere.
+
+    Single-use, also after a failed launch: the kernel maps the ids of a mount once.
+    """
 
     name: str
     path: str  # of the image file
