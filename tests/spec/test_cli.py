@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -90,3 +92,49 @@ def test_a_copy_that_fails_says_why_and_touches_no_file(one, box, tmp_path: Path
         assert ran.returncode == 1
         assert ran.stderr.startswith(f"penstock: {source}: ")
         assert "Traceback" not in ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("--api", "{taken}", "the API cannot listen: {taken}"),
+        ("--ingress", "{taken}", "cannot listen: {taken}"),
+        ("--tls", "nosuch.invalid:0", "cannot listen: nosuch.invalid:0"),
+        ("--network-cidr", "10.0.0.0/30", "network_cidr"),
+    ],
+)
+def test_a_first_start_that_fails_says_why_and_leaves_nothing(tmp_path: Path, option, value, words):
+    data = tmp_path / "data"
+    data.mkdir()
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        settings = {"--api": "127.0.0.1:0", "--ingress": "127.0.0.1:0", "--tls": "127.0.0.1:0", option: value}
+        lines = [f"{name[2:].replace('-', '_')} = '{text.format(taken=address)}'" for name, text in settings.items()]
+        (data / "penstock.toml").write_text("\n".join(lines))
+        ran = subprocess.run([PENSTOCK, "up", "--data", str(data)], capture_output=True, text=True, timeout=60)
+    assert ran.returncode != 0
+    assert words.format(taken=address) in ran.stderr
+    assert "Traceback" not in ran.stderr
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            assert str(data).encode() not in entry.read_bytes()
+    installation = (data / "installation").read_text().strip()
+    assert not [*Path("/sys/fs/cgroup").glob(f"**/penstock-{installation}*")]
+    assert not [line for line in Path("/proc/mounts").read_text().splitlines() if str(data) in line]
+    assert not [link for link in os.listdir("/sys/class/net") if installation in link]
+
+
+def test_a_data_folder_with_a_long_path_works(tmp_path: Path):
+    """Longer than a unix socket's address, for each of the sockets in it."""
+    one = Installation(tmp_path / ("long" * 40) / "data").up(on_stop="keep")
+    try:
+        box = one.run("sandbox", "create").stdout.strip()
+        assert one.run("sandbox", "exec", box, "--", "echo", "there", stdin=subprocess.DEVNULL).stdout == "there\n"
+        assert one.run("down", "--keep").returncode == 0
+        one.up(on_stop="keep")
+        assert one.run("sandbox", "exec", box, "--", "echo", "there", stdin=subprocess.DEVNULL).stdout == "there\n"
+        assert one.run("down", "--drain").returncode == 0
+    finally:
+        one.destroy()

@@ -81,18 +81,21 @@ async def start(name: str, argv: list[str], *, pid_file: Path, log: Path) -> Chi
     """
     pid_file.unlink(missing_ok=True)  # noqa: ASYNC240 - one unlink
     with log.open("ab") as output:
+        began = output.tell()
         process = subprocess.Popen(  # noqa: ASYNC220 - fork and exec of a fixed argv: about a millisecond, once
             argv, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True, close_fds=True
         )
     try:
         for _ in range(int(START_WITHIN_S / _POLL_S)):
             if process.poll() is not None:
-                raise ChildFailed(f"the {name} ended at its start", why=_tail(log), which=f"exit {process.returncode}")
+                raise ChildFailed(
+                    f"the {name} ended at its start", why=_tail(log, began), which=f"exit {process.returncode}"
+                )
             child = find(name, pid_file)
             if child is not None:
                 return child
             await asyncio.sleep(_POLL_S)
-        raise ChildFailed(f"the {name} was not ready within {START_WITHIN_S:.0f} s", why=_tail(log))
+        raise ChildFailed(f"the {name} was not ready within {START_WITHIN_S:.0f} s", why=_tail(log, began))
     except BaseException:
         process.kill()
         process.wait()
@@ -184,9 +187,10 @@ def _reap(pidfd: int) -> None:
         pass  # an adopted one: its parent is not us, and reaps it
 
 
-def _tail(log: Path, size: int = 2000) -> str:
+def _tail(log: Path, began: int, size: int = 2000) -> str:
+    """The end of what was written since `began`: what an earlier process said does not explain this one."""
     try:
-        return log.read_bytes()[-size:].decode(errors="replace").strip()
+        return log.read_bytes()[began:][-size:].decode(errors="replace").strip()
     except OSError as error:
         return str(error)
 

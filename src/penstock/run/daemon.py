@@ -65,7 +65,9 @@ class Daemon:
         self.api_url = self.ingress_url = self.tls_url = self.ca_file = ""
         self.failed = asyncio.Event()  # a part of the daemon itself ended: stop, keeping sandboxes, and restart
         self._failure: BaseException | None = None
+        self._node: Node | None = None
         self._ready = False
+        self._inherited = True  # until we know better
         self.stopping = False
         self._clock = SystemClock()
         self._rng = random.SystemRandom()
@@ -75,22 +77,31 @@ class Daemon:
         self._closers: list[tuple[str, Callable[[OnStop], Awaitable[None]]]] = []
 
     async def start(self, *, serve: bool = True) -> None:
-        """Everything up, or an error with everything closed again (sandboxes of an earlier daemon live on).
+        """Everything up, or an error with everything closed again, as `abandon` does.
 
         Without `serve` only what owns sandboxes comes up, no API and no ingress: enough to clear what was left.
         """
         try:
-            await self._start_owner()
+            await self._start_owner(serve=serve)
             if serve:
                 await self._start_faces()
         except BaseException:
-            with contextlib.suppress(BaseExceptionGroup):
-                await self.stop(OnStop.KEEP)
+            await self.abandon()
             raise
 
-    async def _start_owner(self) -> None:
+    async def abandon(self) -> None:
+        """Close after a start that failed: what an earlier daemon left runs on, else nothing is left."""
+        with contextlib.suppress(BaseExceptionGroup):
+            await self.stop(OnStop.KEEP if self._inherited else OnStop.FORCE)
+
+    async def _start_owner(self, *, serve: bool) -> None:
         self.folder.lock()
         self._closes("lock", lambda _: _done(self.folder.unlock))
+        self._inherited = self.folder.in_use
+        if serve:  # before anything that takes time, so that a taken address is told at once
+            self._front = FrontServer(*host_port(self.settings.api, field="api"))
+            self.api_url = self._front.url
+            self._closes("address of the API", lambda _: self._front.stop())
         # A dead daemon's ingress is ours to end, also when we never start one.
         self._ingress = children.find("ingress", self.folder.ingress_file)
         self._closes("ingress", self._close_ingress)
@@ -105,15 +116,12 @@ class Daemon:
         await furnish.first_records(self._store, self._clock, self._rng, self.folder, layer)
 
         self._edges = Edges(self.settings, self.folder)
-        await self._edges.open(self._say)
         self._closes("zygote and edges", self._close_edges)
+        await self._edges.open(self._say)
         self._keep("zygote", self._edges.keep(log.warning))
         await self._start_node()
-        self._closes("node", self._close_node)
 
     async def _start_faces(self) -> None:
-        self._front = FrontServer(*host_port(self.settings.api, field="api"))
-        self.api_url = self._front.url
         self._closes("API", lambda _: self._front.stop())
         controller = Controller(store=self._store, source=self._source, clock=self._clock, rng=self._rng)
         await controller.open(self._crew)
@@ -145,7 +153,8 @@ class Daemon:
 
     def escalate(self) -> None:
         """Turn a drain under way into force. A no-op otherwise."""
-        self._node.force("the operator asked again")
+        if self._node is not None:
+            self._node.force("the operator asked again")
 
     @property
     def failure(self) -> BaseException | None:
@@ -155,7 +164,7 @@ class Daemon:
 
     async def _start_node(self) -> None:
         settings = self.settings
-        self._node = Node(
+        node = self._node = Node(
             settings=NodeSettings(
                 id=NODE,
                 installation=self.folder.installation,
@@ -178,14 +187,16 @@ class Daemon:
             ),
             token_seed=self.folder.seed,
         )
-        await self._node.open()
-        self._crew.spawn(self._watch("node", self._node.run()), name="node")
-        metrics.NodeCollector(self._registry, self._node.statistics)
+        await node.open()
+        self._closes("node", lambda on_stop: node.close(Closing(on_stop.value), within_s=settings.drain_s))
+        self._crew.spawn(self._watch("node", node.run()), name="node")
+        metrics.NodeCollector(self._registry, node.statistics)
         self._crew.spawn(metrics.measure_lag(self._registry), name="loop lag")
 
     async def _start_front(self) -> None:
         views = await self._views()
         roster = Roster(views["specs"], views["statuses"])
+        assert self._node is not None
         samples = Samples(
             cgroups=self._edges.ports.cgroups,
             disks=self._edges.ports.disks,
@@ -282,9 +293,6 @@ class Daemon:
 
     def _closes(self, name: str, close: Callable[[OnStop], Awaitable[None]]) -> None:
         self._closers.append((name, close))
-
-    async def _close_node(self, on_stop: OnStop) -> None:
-        await self._node.close(Closing(on_stop.value), within_s=self.settings.drain_s)
 
     async def _close_ingress(self, on_stop: OnStop) -> None:
         if on_stop is not OnStop.KEEP and self._ingress is not None:

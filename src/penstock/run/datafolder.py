@@ -15,6 +15,7 @@ from typing import Final
 
 from penstock.core.errors import Kind, PenstockError
 from penstock.model.ids import mint_installation_id
+from penstock.run import children
 
 FORMAT: Final = "1"  # of the folder's layout; an older daemon refuses a newer folder
 
@@ -55,18 +56,35 @@ class DataFolder:
     def exists(self) -> bool:
         return (self.path / "installation").exists()
 
+    @property
+    def in_use(self) -> bool:
+        """Whether an earlier daemon left something running: a sandbox (by its record), the ingress or the zygote."""
+        children_of_ours = (("zygote", self.zygote_file), ("ingress", self.ingress_file))
+        return any(children.find(*child) is not None for child in children_of_ours) or any(
+            (self.path / "records").iterdir()
+        )
+
     def open(self) -> DataFolder:
-        """Make what is missing. Raises FolderUnusable when the folder is not ours or of a newer format."""
+        """Make what is missing. Raises FolderUnusable when it cannot be made, is not ours or of another format."""
         try:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             raise FolderUnusable("data folder cannot be made", which=str(self.path), why=str(error)) from error
+        try:
+            return self._open()
+        except OSError as error:
+            raise FolderUnusable(
+                "data folder cannot be used", which=str(self.path), why=str(error), now="name another with --data"
+            ) from error
+
+    def _open(self) -> DataFolder:
         if not self.exists and any(p.name != "penstock.toml" for p in self.path.iterdir()):
             raise FolderUnusable(
                 "folder is not empty and not a data folder of Penstock",
                 which=str(self.path),
                 now="name another with --data",
             )
+        self.path.chmod(0o700)  # also where somebody else made it: settings came first, or a package
         found = self._once("format", FORMAT)
         if found != FORMAT:
             raise FolderUnusable(

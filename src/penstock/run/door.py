@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from penstock.core.deadlines import within
 from penstock.core.errors import Kind, PenstockError
+from penstock.feed.frames import address
 
 Answer = Callable[[dict[str, Any]], AsyncIterator[dict[str, Any]]]
 LINE_BYTES_MAX: Final = 64 * 1024
@@ -46,7 +47,8 @@ async def serve(path: Path, answer: Answer) -> asyncio.Server:
             writer.close()
 
     path.unlink(missing_ok=True)  # noqa: ASYNC240 - one unlink
-    return await asyncio.start_unix_server(visit, path, limit=LINE_BYTES_MAX)
+    with address(path) as name:
+        return await asyncio.start_unix_server(visit, name, limit=LINE_BYTES_MAX)
 
 
 def ask(path: Path, question: dict[str, Any], *, within_s: float) -> Iterator[dict[str, Any]]:
@@ -54,7 +56,8 @@ def ask(path: Path, question: dict[str, Any], *, within_s: float) -> Iterator[di
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as wire:
         wire.settimeout(within_s)
         try:
-            wire.connect(str(path))
+            with address(path) as name:
+                wire.connect(name)
         except OSError as error:
             raise DoorClosed("the daemon does not answer", which=str(path), why=str(error)) from error
         wire.sendall(json.dumps(question).encode() + b"\n")

@@ -67,9 +67,9 @@ class Edges:
 
     async def open(self, say: Callable[[str], None]) -> None:
         """The zygote runs and our cgroups exist. A zygote of an earlier daemon is taken over."""
+        self._zygote = children.find("zygote", self._folder.zygote_file)
         await self._disks.retake()  # those of running sandboxes: their ends need no write-out then
         await self._cgroups.open()
-        self._zygote = children.find("zygote", self._folder.zygote_file)
         if self._zygote is not None:
             say(f"taking over the running zygote, pid {self._zygote.pid}")
             return

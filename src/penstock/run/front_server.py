@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -25,26 +25,30 @@ class _Server(uvicorn.Server):
 
 
 class FrontServer:
-    """Binds at construction (port 0 takes a free one); serves from `start` until `stop`."""
+    """Takes its address at construction (port 0: a free one); serves from `start` until `stop`, refuses before."""
 
     def __init__(self, host: str, port: int) -> None:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._socket = socket.socket(family, socket.SOCK_STREAM)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            self._socket.bind((host, port))
-        except OSError as error:
-            self._socket.close()
-            raise Unavailable(
-                "the API cannot listen", which=f"{host}:{port}", why=str(error), now="choose another with --api"
-            ) from error
-        self._socket.listen(BACKLOG)
+        self._try(lambda: self._socket.bind((host, port)), f"{host}:{port}")
         self.port: int = self._socket.getsockname()[1]
         self.url = f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
         self._server: _Server | None = None
         self._task: Any = None
 
+    def _try(self, take: Callable[[], None], address: str) -> None:
+        try:
+            take()
+        except OSError as error:
+            self._socket.close()
+            raise Unavailable(
+                "the API cannot listen", which=address, why=str(error), now="choose another with --api"
+            ) from error
+
     def start(self, app: Any, crew: Crew) -> None:
+        """Raises Unavailable when another program listens on our address by now."""
+        self._try(lambda: self._socket.listen(BACKLOG), self.url)
         config = uvicorn.Config(
             app,
             log_config=None,

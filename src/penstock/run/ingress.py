@@ -22,6 +22,7 @@ from structlog import get_logger
 
 from penstock.core.clock import SystemClock
 from penstock.core.crew import Crew
+from penstock.core.errors import PenstockError
 from penstock.feed.remote import RemoteSource
 from penstock.ingress.authority import issue
 from penstock.ingress.dial import LinuxDialler
@@ -32,6 +33,7 @@ from penstock.ingress.netns import Namespaces
 from penstock.ingress.sandbox_tokens import Tokens
 from penstock.ingress.table import Table
 from penstock.ingress.tally import Gauges
+from penstock.model.errors import Unavailable
 from penstock.run import children
 from penstock.run.datafolder import DataFolder
 from penstock.run.logs import configure
@@ -52,7 +54,10 @@ def main() -> None:
     gc.freeze()
     gc.set_threshold(*GC_THRESHOLDS)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_serve(arguments))
+        try:
+            runner.run(_serve(arguments))
+        except PenstockError as error:
+            raise SystemExit(str(error)) from None
 
 
 async def _serve(arguments: argparse.Namespace) -> None:
@@ -61,8 +66,8 @@ async def _serve(arguments: argparse.Namespace) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     folder = DataFolder(arguments.data)
-    plain = bind(*host_port(arguments.listen, field="--listen"))
-    secure = bind(*host_port(arguments.tls, field="--tls")) if arguments.tls else None
+    plain = _bind(arguments.listen, setting="ingress")
+    secure = _bind(arguments.tls, setting="tls") if arguments.tls else None
     namespaces, gauges, table = Namespaces(), Gauges(), Table()
     async with Crew("ingress", on_error=_log_failure) as crew:
         follower = Follower(
@@ -100,6 +105,15 @@ async def _serve(arguments: argparse.Namespace) -> None:
     namespaces.close()
 
 
+def _bind(listen: str, *, setting: str) -> socket.socket:
+    try:
+        return bind(*host_port(listen, field=setting))
+    except OSError as error:
+        raise Unavailable(
+            "cannot listen", which=listen, why=str(error), now=f"choose another with --{setting}"
+        ) from error
+
+
 class _Certificate:
     """The TLS context, and where its certificate comes from: given files, or the local authority."""
 
@@ -111,7 +125,10 @@ class _Certificate:
         self.context.minimum_version = ssl.TLSVersion.TLSv1_2
         self.context.set_alpn_protocols(["http/1.1"])
         if arguments.tls:
-            self._load()
+            try:
+                self._load()
+            except (OSError, ValueError) as error:
+                raise Unavailable("the certificate cannot be loaded", why=str(error), now="see tls_cert") from error
 
     async def renew(self) -> None:
         """Look now and then, for ever: a leaf near its end is made anew, given files are read again."""

@@ -6,7 +6,9 @@ a bad one raises `Invalid` naming the field as the person wrote it, and nothing 
 
 from __future__ import annotations
 
+import ipaddress
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from enum import StrEnum
@@ -20,6 +22,9 @@ from penstock.model.units import parse_bytes, parse_seconds
 
 DATA_DEFAULT: Final = "/var/lib/penstock"
 ENV_PREFIX: Final = "PENSTOCK_"
+LOG_LEVELS: Final = ("debug", "info", "warning", "error")
+TEAM_TIMEOUT_S_MAX: Final = 366 * 86400.0  # an end of a sandbox must be a date
+_DOMAIN: Final = re.compile(r"(?i:[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)(\.(?i:[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?))*")
 
 
 class OnStop(StrEnum):
@@ -72,7 +77,9 @@ def load(given: Mapping[str, Any], *, environ: Mapping[str, str] | None = None, 
             merged[name] = _parse(name, text, f"{ENV_PREFIX}{name.upper()}")
     for name, value in values.items():
         merged[name] = _parse(name, value, f"--{name.replace('_', '-')}") if isinstance(value, str) else value
-    merged["data"] = str(Path(str(merged.get("data", data))).absolute())
+    merged["data"] = str(Path(str(merged.get("data") or data)).absolute())
+    for name, value in merged.items():
+        _check_type(name, value)
     settings = Settings(**merged)
     _check(settings)
     return settings
@@ -89,10 +96,12 @@ def host_port(text: str, *, field: str) -> tuple[str, int]:
 def _from_file(path: Path, *, must_exist: bool) -> dict[str, Any]:
     try:
         raw = tomllib.loads(path.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         if must_exist:
             raise Invalid("--config", f"{path} does not exist") from None
         return {}
+    except OSError as error:
+        raise Invalid(str(path), f"cannot be read: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as bad:
         raise Invalid(str(path), f"is not TOML: {bad}") from bad
     unknown = sorted(set(raw) - set(Settings.__struct_fields__))
@@ -132,6 +141,15 @@ def _integer(value: str, where: str) -> int:
         raise Invalid(where, f"{value!r} is not a whole number") from None
 
 
+def _check_type(name: str, value: object) -> None:
+    """The file has types of its own: `uplink = 3` is not what anybody means."""
+    kind = get_type_hints(Settings)[name]
+    wanted = get_args(kind) or (kind,)
+    if type(value) not in wanted and not (float in wanted and type(value) is int):
+        known = {str: "text in quotes", bool: "true or false", int: "a whole number", float: "a number of seconds"}
+        raise Invalid(name, f"{value!r} is not {known.get(wanted[0], 'one of keep, drain, force')}")
+
+
 def _check(settings: Settings) -> None:
     for name in ("api", "ingress", "tls"):
         host_port(getattr(settings, name), field=name)
@@ -143,11 +161,29 @@ def _check(settings: Settings) -> None:
         ("team_sandboxes_max", 1, 1_000_000),
     ):
         value = getattr(settings, name)
-        if type(value) is not int or not least <= value <= most:
+        if not least <= value <= most:
             raise Invalid(name, f"{value!r} is not between {least} and {most}")
     if not 0 < settings.drain_s <= 24 * 3600:
         raise Invalid("drain_s", f"{settings.drain_s} is not between 0 and a day")
+    if not 0 < settings.team_timeout_s_max <= TEAM_TIMEOUT_S_MAX:
+        raise Invalid("team_timeout_s_max", f"{settings.team_timeout_s_max} is not between 0 and 366 days")
+    if settings.log_level not in LOG_LEVELS:
+        raise Invalid("log_level", f"{settings.log_level!r} is not one of {', '.join(LOG_LEVELS)}")
+    _check_network(settings.network_cidr)
     if bool(settings.tls_cert) != bool(settings.tls_key):
         raise Invalid("tls_cert", "a certificate needs its key, and a key its certificate", now="give both or none")
-    if not settings.domain or settings.domain.startswith(".") or "/" in settings.domain:
-        raise Invalid("domain", f"{settings.domain!r} is not a domain name")
+    for name in ("tls_cert", "tls_key"):
+        if getattr(settings, name) and not Path(getattr(settings, name)).is_file():
+            raise Invalid(name, f"{getattr(settings, name)} is not a file")
+    if len(settings.domain) > 190 or not _DOMAIN.fullmatch(settings.domain):
+        raise Invalid("domain", f"{settings.domain!r} is not a domain name", now="write it as sbx.example.com")
+
+
+def _check_network(text: str) -> None:
+    """Where addresses of sandboxes may come from. Its least size is the node's to judge."""
+    try:
+        network = ipaddress.IPv4Network(text)
+    except ValueError as bad:
+        raise Invalid("network_cidr", str(bad), now="write it as 10.201.0.0/16") from None
+    if not network.is_private or network.is_loopback or network.is_link_local or network.prefixlen < 8:
+        raise Invalid("network_cidr", f"{text} is not a private network", now="take one such as 10.201.0.0/16")

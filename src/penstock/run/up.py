@@ -45,12 +45,18 @@ class _Up:
         ordered = asyncio.ensure_future(self._orders.get())
         await asyncio.wait((starting, ordered), return_when=asyncio.FIRST_COMPLETED)
         if not starting.done():
+            say("stopping before it is ready")
             starting.cancel()
             await asyncio.wait((starting,))
-            say("stopped before it was ready")
-            return 1
+            if starting.cancelled() or starting.exception() is not None:
+                say("stopped before it was ready")
+                return 1
         starting.result()
-        server = await door.serve(self._folder.door_socket, self._answer)
+        try:
+            server = await door.serve(self._folder.door_socket, self._answer)
+        except BaseException:
+            await self._daemon.abandon()
+            raise
         try:
             self._greet()
             return await self._until_stopped(ordered)
