@@ -80,12 +80,12 @@ def _answer(line: socket.socket, cgroups: list[int]) -> None:
     if not request.startswith(b"RUN "):
         line.sendall(b"HTTP/1.1 204 No Content\r\nconnection: close\r\n\r\n")
         return
-    for fd in cgroups:
-        os.write(fd, b"0")
     wish = json.loads(request[4:])
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
+        for fd in cgroups:
+            os.write(fd, b"0")
         _become(wish, writing)
     os.close(writing)
     output = b""
