@@ -85,12 +85,15 @@ class Caller:
         return f"key {self.key}" if self.key else "operator"
 
 
-def front_of(request: Request) -> Front:
+# These are coroutines although they wait for nothing: FastAPI runs a plain function on a thread, 0.2 ms a piece.
+
+
+async def front_of(request: Request) -> Front:
     front: Front = request.app.state.front
     return front
 
 
-def caller_of(
+async def caller_of(
     front: Annotated[Front, Depends(front_of)],
     x_api_key: Annotated[str | None, Header()] = None,
     x_admin_token: Annotated[str | None, Header()] = None,
@@ -114,7 +117,7 @@ def caller_of(
     raise Unauthenticated("the API key is not known here", now="see: penstock env, penstock key create")
 
 
-def operator_of(caller: Annotated[Caller, Depends(caller_of)]) -> Caller:
+async def operator_of(caller: Annotated[Caller, Depends(caller_of)]) -> Caller:
     """Only the operator (admin token) passes. Raises Forbidden."""
     if caller.key is not None:
         raise Forbidden("this needs the admin token", now="send X-Admin-Token")

@@ -20,11 +20,15 @@ class LinuxFiles:
 
     def __init__(self, *, records: str, run: str) -> None:
         self._records, self._run = records, run
+        self._whole: set[str] = set()  # records that end with a whole line, because we wrote it
 
     def make_run_dir(self, sandbox: str) -> str:
         """A new directory, 0700; one that is there already is kept (a create that is tried again)."""
         path = _below(self._run, sandbox)
-        os.makedirs(path, mode=0o700, exist_ok=True)
+        try:
+            os.mkdir(path, mode=0o700)
+        except FileExistsError:
+            pass
         return path
 
     def remove_run_dir(self, sandbox: str) -> None:
@@ -43,10 +47,13 @@ class LinuxFiles:
         flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
         fd = os.open(self._record(sandbox), flags, 0o600)
         try:
-            before = _whole_bytes(fd)
+            if sandbox not in self._whole:
+                _make_whole(fd)
+                self._whole.add(sandbox)
             data = line + b"\n"
-            if os.write(fd, data) != len(data):
-                os.ftruncate(fd, before)  # half a line would swallow the next one
+            written = os.write(fd, data)
+            if written != len(data):
+                os.ftruncate(fd, os.fstat(fd).st_size - written)  # half a line would swallow the next one
                 raise OSError(errno.ENOSPC, "the disk is full", self._record(sandbox))
         finally:
             os.close(fd)
@@ -62,6 +69,7 @@ class LinuxFiles:
 
     def remove_record(self, sandbox: str) -> None:
         """Absent is success."""
+        self._whole.discard(sandbox)
         try:
             os.unlink(self._record(sandbox))
         except FileNotFoundError:
@@ -79,10 +87,8 @@ def _below(folder: str, name: str) -> str:
     return f"{folder}/{name}"
 
 
-def _whole_bytes(fd: int) -> int:
-    """The size of the record. A torn last line is cut off first: it would swallow what is appended to it."""
+def _make_whole(fd: int) -> None:
+    """Cut off a torn last line, which an earlier daemon left: it would swallow what is appended to it."""
     size = os.fstat(fd).st_size
     if size and os.pread(fd, 1, size - 1) != b"\n":
-        size = os.pread(fd, _RECORD_BYTES_MAX, 0).rfind(b"\n") + 1
-        os.ftruncate(fd, size)
-    return size
+        os.ftruncate(fd, os.pread(fd, _RECORD_BYTES_MAX, 0).rfind(b"\n") + 1)
