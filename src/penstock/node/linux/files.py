@@ -20,7 +20,7 @@ class LinuxFiles:
 
     def __init__(self, *, records: str, run: str) -> None:
         self._records, self._run = records, run
-        self._whole: set[str] = set()  # records that end with a whole line, because we wrote it
+        self._ends: dict[str, int] = {}  # where a record ends that we wrote to: with a whole line
 
     def make_run_dir(self, sandbox: str) -> str:
         """A new directory, 0700; one that is there already is kept (a create that is tried again)."""
@@ -47,14 +47,14 @@ class LinuxFiles:
         flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
         fd = os.open(self._record(sandbox), flags, 0o600)
         try:
-            if sandbox not in self._whole:
-                _make_whole(fd)
-                self._whole.add(sandbox)
+            before = os.fstat(fd).st_size
+            if before and before != self._ends.get(sandbox):
+                before = _make_whole(fd, before)
             data = line + b"\n"
-            written = os.write(fd, data)
-            if written != len(data):
-                os.ftruncate(fd, os.fstat(fd).st_size - written)  # half a line would swallow the next one
+            if os.write(fd, data) != len(data):
+                os.ftruncate(fd, before)  # half a line would swallow the next one
                 raise OSError(errno.ENOSPC, "the disk is full", self._record(sandbox))
+            self._ends[sandbox] = before + len(data)
         finally:
             os.close(fd)
 
@@ -69,7 +69,7 @@ class LinuxFiles:
 
     def remove_record(self, sandbox: str) -> None:
         """Absent is success."""
-        self._whole.discard(sandbox)
+        self._ends.pop(sandbox, None)
         try:
             os.unlink(self._record(sandbox))
         except FileNotFoundError:
@@ -87,8 +87,9 @@ def _below(folder: str, name: str) -> str:
     return f"{folder}/{name}"
 
 
-def _make_whole(fd: int) -> None:
-    """Cut off a torn last line, which an earlier daemon left: it would swallow what is appended to it."""
-    size = os.fstat(fd).st_size
-    if size and os.pread(fd, 1, size - 1) != b"\n":
-        os.ftruncate(fd, os.pread(fd, _RECORD_BYTES_MAX, 0).rfind(b"\n") + 1)
+def _make_whole(fd: int, size: int) -> int:
+    """Cut off a torn last line, which an earlier daemon left: it would swallow what is appended to it. The new size."""
+    if os.pread(fd, 1, size - 1) != b"\n":
+        size = os.pread(fd, _RECORD_BYTES_MAX, 0).rfind(b"\n") + 1
+        os.ftruncate(fd, size)
+    return size
