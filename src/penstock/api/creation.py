@@ -17,7 +17,7 @@ from penstock.api.front import Caller, Front
 from penstock.api.shapes import NewSandbox
 from penstock.core.deadlines import DeadlinePassed
 from penstock.model import keys
-from penstock.model.errors import Conflict, Internal, Invalid, NotFound, Unavailable, Unsupported
+from penstock.model.errors import Conflict, Internal, Invalid, NoFreeSlot, NotFound, Unavailable, Unsupported
 from penstock.model.ids import SandboxId, mint_sandbox_id
 from penstock.model.sandbox import (
     TERMINAL,
@@ -202,7 +202,7 @@ def _settled(status: SandboxStatus | None) -> bool:
 
 async def _ready(front: Front, sandbox: SandboxId) -> SandboxSpec:
     try:
-        status = await front.roster.statuses.wait_for(sandbox, _settled, within_s=front.ready_s)
+        status = await _outcome(front, sandbox)
     except DeadlinePassed:
         await order_stop(front, sandbox, KillReason.START_FAILED, by="api: not ready in time")
         raise Unavailable("Failed to place sandbox: it was not ready in time", which=sandbox, retry_after_s=5) from None
@@ -210,6 +210,21 @@ async def _ready(front: Front, sandbox: SandboxId) -> SandboxSpec:
     if status is not None and status.phase is Phase.READY and spec is not None:
         return spec
     raise Internal("Failed to place sandbox", which=sandbox, why=status.because if status else "it is gone")
+
+
+async def _outcome(front: Front, sandbox: SandboxId) -> SandboxStatus | None:
+    """The status in which its start ended. Raises NoFreeSlot when no node had room, DeadlinePassed."""
+    statuses, room_s = front.roster.statuses, min(front.room_s, front.ready_s)
+    try:
+        return await statuses.wait_for(sandbox, _settled, within_s=room_s)
+    except DeadlinePassed:
+        spec = front.roster.specs.get(sandbox)
+        if spec is None:
+            raise
+    if spec.node is not None:
+        return await statuses.wait_for(sandbox, _settled, within_s=front.ready_s - room_s)
+    await order_stop(front, sandbox, KillReason.START_FAILED, by="api: no room")
+    raise NoFreeSlot("no room for another sandbox", now="retry when one has ended", retry_after_s=front.room_s)
 
 
 async def order_stop(front: Front, sandbox: SandboxId, reason: KillReason, *, by: str) -> bool:

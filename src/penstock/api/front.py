@@ -66,7 +66,8 @@ class Front:
     admin_token: str
     limits: TeamLimits
     turns: Turns = field(default_factory=Turns)  # of idempotency keys
-    ready_s: float = 60.0  # how long a create may take before it answers 504
+    ready_s: float = 60.0  # how long a create may take before it answers 503
+    room_s: float = 5.0  # how much of that it waits for a node that is full; less than any client waits for an answer
 
     def limits_of(self, team: TeamId) -> TeamLimits:
         found = self.teams.get(team)
