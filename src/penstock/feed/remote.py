@@ -7,6 +7,7 @@ revision is not kept any more, or whose store was replaced, raises Compacted, an
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Final
 
@@ -23,14 +24,22 @@ ANSWER_S: Final = 30.0  # between two messages of a listing
 RETRY_BASE_S: Final = 0.02
 RETRY_CAP_S: Final = 1.0
 
+Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
 _decoder = msgspec.msgpack.Decoder(FromServer)
 
 
-class RemoteSource:
-    """`path` is the socket of a `FeedServer`. One connection per listing or watch."""
+async def open_unix(path: Path) -> Streams:
+    """Raises OSError."""
+    with address(path) as name:
+        return await asyncio.open_unix_connection(name)
 
-    def __init__(self, path: Path, *, rng: Rng) -> None:
-        self._path, self._rng = path, rng
+
+class RemoteSource:
+    """`path` is the socket of a `FeedServer`. One connection per listing or watch, made by `connect`."""
+
+    def __init__(self, path: Path, *, rng: Rng, connect: Callable[[Path], Awaitable[Streams]] = open_unix) -> None:
+        self._path, self._rng, self._connect = path, rng, connect
 
     async def list(self, prefix: str) -> Listing:
         """Waits until the other side answers: bound it. Raises Forbidden when it does not serve `prefix`."""
@@ -48,8 +57,7 @@ class RemoteSource:
     async def dial(self, request: ListRequest | Watch) -> Link:
         """Raises OSError."""
         async with within(CONNECT_S, f"connection to {self._path.name}"):
-            with address(self._path) as name:
-                reader, writer = await asyncio.open_unix_connection(name)
+            reader, writer = await self._connect(self._path)
         link = Link(reader, writer)
         link.put(request)
         return link

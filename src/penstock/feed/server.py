@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -39,28 +40,28 @@ class FeedServer:
 
     async def serve(self, crew: Crew) -> asyncio.Server:
         """Listen. A socket file left behind by a dead process is replaced. The server closes with the crew."""
-
-        def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            link = Link(reader, writer)
-            if len(self._links) >= READERS_MAX:
-                link.abort()
-                return
-            writer.transport.set_write_buffer_limits(high=BUFFER_BYTES)
-            self._links[link] = None
-            answer = self._answer(link)
-            try:
-                crew.spawn(answer, name="feed reader")
-            except CrewClosed:
-                answer.close()
-                self._drop(link)
-
         with contextlib.suppress(FileNotFoundError):
             self._path.unlink()
         with address(self._path) as name:
-            server = await asyncio.start_unix_server(connected, name)
+            server = await asyncio.start_unix_server(partial(self.accept, crew), name)
         os.chmod(self._path, 0o600)
         crew.spawn(self._until_stopped(server), name=f"feed server {self._path.name}")
         return server
+
+    def accept(self, crew: Crew, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Serve one connection, however it was made, by a task of `crew`."""
+        link = Link(reader, writer)
+        if len(self._links) >= READERS_MAX:
+            link.abort()
+            return
+        writer.transport.set_write_buffer_limits(high=BUFFER_BYTES)
+        self._links[link] = None
+        answer = self._answer(link)
+        try:
+            crew.spawn(answer, name="feed reader")
+        except CrewClosed:
+            answer.close()
+            self._drop(link)
 
     async def _until_stopped(self, server: asyncio.Server) -> None:
         try:

@@ -108,7 +108,7 @@ class Server:
     ) -> None:
         self._routes, self._access, self._spawn, self._on_fault = routes, access, spawn, on_fault
         self._connections_max = connections_max
-        self._connections: set[Connection] = set()
+        self._connections: dict[Connection, None] = {}  # in order of arrival
         self._listeners: list[asyncio.Server] = []
         self._buffer: memoryview | None = None
         self._sweep: asyncio.TimerHandle | None = None
@@ -155,11 +155,11 @@ class Server:
             self._refused += 1
             return _REFUSAL
         self._accepted += 1
-        self._connections.add(connection)
+        self._connections[connection] = None
         return None
 
     def forget(self, connection: Connection) -> None:
-        self._connections.discard(connection)
+        self._connections.pop(connection, None)
 
     def serve(self, exchange: Exchange, connection: Connection) -> None:
         self._requests += 1

@@ -65,8 +65,9 @@ class Hub:
         self.tally, self.heads = Tally(), Heads()
         self.signed = SignedRoutes(table, tokens)
         self.pool = Pool(self, dialler)
-        self.clients: set[Connection] = set()
-        self.upstreams: set[Upstream] = set()
+        # Dictionaries instead of sets: all that is cut at once is cut in the order in which it came.
+        self.clients: dict[Connection, None] = {}
+        self.upstreams: dict[Upstream, None] = {}
         self.idle: OrderedDict[Connection, None] = OrderedDict()  # between requests, longest first
         self.stopping = False
         self._catch_up = catch_up
@@ -76,7 +77,7 @@ class Hub:
         # A quarter each (spec/e2b.md 3.1): one sandbox's clients and their upstreams take half of the budget at most.
         self.per_sandbox_max = per_sandbox_max or max(1, descriptors_max // 4)
         self._dialler, self._crew = dialler, crew
-        self._exchanges: dict[str, set[Client]] = {}
+        self._exchanges: dict[str, dict[Client, None]] = {}
         self._refused: set[Connection] = set()
         self._gauges = gauges if gauges is not None else Gauges()
         self._gauges.update(
@@ -106,7 +107,7 @@ class Hub:
         self.tally.connections += 1
         if self.stopping or not self.make_room():
             return False
-        self.clients.add(client)
+        self.clients[client] = None
         self.idle[client] = None
         return True
 
@@ -118,7 +119,7 @@ class Hub:
         return True
 
     def leave(self, client: Connection) -> None:
-        self.clients.discard(client)
+        self.clients.pop(client, None)
         self._refused.discard(client)
         self.idle.pop(client, None)
         if self.stopping:
@@ -133,7 +134,7 @@ class Hub:
             return True
         if self.idle:
             victim, _ = self.idle.popitem(last=False)
-            self.clients.discard(victim)
+            self.clients.pop(victim, None)
             self.tally.evicted += 1
             victim.close_if_idle()
             return True
@@ -145,16 +146,16 @@ class Hub:
         """Count an exchange in. False: the sandbox has its share already."""
         clients = self._exchanges.get(sandbox)
         if clients is None:
-            clients = self._exchanges[sandbox] = set()
+            clients = self._exchanges[sandbox] = {}
         elif len(clients) >= self.per_sandbox_max:
             return False
-        clients.add(client)
+        clients[client] = None
         return True
 
     def exit(self, sandbox: str, client: Client) -> None:
         clients = self._exchanges.get(sandbox)
         if clients is not None:
-            clients.discard(client)
+            clients.pop(client, None)
 
     def exchanges(self, sandbox: str) -> int:
         return len(self._exchanges.get(sandbox, ()))

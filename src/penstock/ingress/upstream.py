@@ -89,7 +89,7 @@ class Upstream(Pipe):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.connected(transport)
-        self.hub.upstreams.add(self)
+        self.hub.upstreams[self] = None
 
     def data_received(self, data: bytes) -> None:
         client = self.client
@@ -120,7 +120,7 @@ class Upstream(Pipe):
         return False  # closes the transport; `connection_lost` judges what it means
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.hub.upstreams.discard(self)
+        self.hub.upstreams.pop(self, None)
         client, stage = self.client, self.stage
         if client is None:
             self.hub.pool.forget(self)

@@ -8,7 +8,8 @@ import sys
 import time
 from typing import Final
 
-from penstock.sim.world import Outcome, run
+from penstock.sim import traffic, world
+from penstock.sim.world import Outcome
 
 SEEDS_DEFAULT: Final = 200
 
@@ -18,9 +19,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, help="play this world only, and print its outcome")
     parser.add_argument("--seeds", type=int, default=SEEDS_DEFAULT, help="play worlds FIRST to FIRST+SEEDS-1")
     parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--traffic", action="store_true", help="with ingress, guests and people who use them")
     parser.add_argument("--quiet", action="store_true", help="one line at the end")
     asked = parser.parse_args(argv)
     seeds = [asked.seed] if asked.seed is not None else range(asked.first, asked.first + asked.seeds)
+    run = traffic.run if asked.traffic else world.run
     began = time.monotonic()
     played = 0
     for seed in seeds:

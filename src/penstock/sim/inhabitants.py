@@ -10,6 +10,7 @@ import asyncio
 import os
 import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -86,12 +87,9 @@ class House:
         async with Crew(f"guest of {order.sandbox}", on_error=self._fault) as crew:
             server, service = self._guest(proc, crew)
             for name, peer in (("guest.sock", Peer.PUBLIC), ("control.sock", Peer.CONTROL)):
-                self._net.listen(guest_address(f"{order.run_dir}/{name}"), lambda peer=peer: Connection(server, peer))
+                self._net.listen(guest_address(f"{order.run_dir}/{name}"), partial(Connection, server, peer))
             for port in PORTS:
-                self._net.listen(
-                    port_address(proc.pid, port),
-                    lambda port=port: Echo(order.sandbox, port, random.Random(rng.getrandbits(64))),
-                )
+                self._net.listen(port_address(proc.pid, port), partial(_echo, order.sandbox, port, rng))
             try:
                 await asyncio.get_running_loop().create_future()
             finally:
@@ -146,6 +144,10 @@ class _Story:
             text = signature(self._sandbox).decode() + str(number)
             await events.send({"event": {"data": {"stdout": text}}})
         await events.send({"event": {"end": {"exited": True, "status": "exit status 0"}}})
+
+
+def _echo(sandbox: str, port: int, rng: random.Random) -> Echo:
+    return Echo(sandbox, port, random.Random(rng.getrandbits(64)))
 
 
 def _name(pid: int) -> str:

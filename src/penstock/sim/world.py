@@ -15,31 +15,26 @@ from typing import Final
 
 import msgspec
 
-from penstock.control.controller import Controller
 from penstock.core.crew import Crew
 from penstock.core.deadlines import Pulse, within
-from penstock.feed.local import LocalReports, LocalSource
-from penstock.model import keys
 from penstock.model.errors import Unavailable
-from penstock.model.ids import NodeId, TemplateId
+from penstock.model.ids import NodeId
 from penstock.model.records import Batch
 from penstock.model.sandbox import TERMINAL
-from penstock.model.template import Build, Layer
 from penstock.node.means import NodeSettings
-from penstock.node.node import Closing, Machine, Node
+from penstock.node.node import Closing
 from penstock.node.reap import find_leaks
 from penstock.sim import loop as virtual
 from penstock.sim.checkers import Checkers, Facts, Violation
+from penstock.sim.daemon import Daemon, fork
 from penstock.sim.faults import Faults, Rates, draw_rates
 from penstock.sim.guests import Nursery
 from penstock.sim.kernel import Dead, Kernel, Life
 from penstock.sim.trace import Trace
-from penstock.sim.workload import BUILD, Client
+from penstock.sim.workload import Client
 from penstock.store.errors import RevisionConflict, StoreFailed
-from penstock.store.log import Image, OnFailed, OnLogged
 from penstock.store.memory import MemoryLog
 from penstock.store.ops import Put
-from penstock.store.store import Store
 
 NODE: Final = NodeId("node0")
 CLIENTS_MAX: Final = 24
@@ -47,7 +42,7 @@ REST_S: Final = 300.0  # for quarantines to be reaped once the faults are over
 WORLD_S: Final = 3_000.0  # virtual seconds no world may exceed
 WRITE_S: Final = 5.0
 LOOK_S: Final = 0.25
-RETENTION_S: Final = 30.0
+ANSWER_S: Final = 400.0
 DAEMON: Final = "daemon"  # its processes are called so, and numbered
 
 Writes = list[tuple[str, bytes, int | None]]
@@ -63,6 +58,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     sandboxes: int
     crashes: int
     answers: dict[str, int]
+    verdicts: dict[str, int] = {}  # of a world with traffic: how requests were judged
 
 
 def run(seed: int, *, rates: Rates | None = None, keep_trace: bool = False) -> Outcome:
@@ -90,9 +86,9 @@ class World:
         self.rates = rates if rates is not None else draw_rates(rng)
         self.clock = virtual.SimClock(asyncio.get_running_loop())
         self.trace = Trace(self.clock.monotonic, keep_all=keep_trace)
-        self.faults = Faults(_fork(rng), self.rates)
+        self.faults = Faults(fork(rng), self.rates)
         self.kernel = Kernel(
-            faults=self.faults, nursery=Nursery(_fork(rng), odd=self.rates.odd_guests), trace=self.trace
+            faults=self.faults, nursery=Nursery(fork(rng), odd=self.rates.odd_guests), trace=self.trace
         )
         self.facts = Facts()
         self.checkers = Checkers(self.kernel, self.facts, self.trace, self.clock.wall)
@@ -112,7 +108,7 @@ class World:
             start_within_s=5.0,
             sweep_every_s=5.0,
         )
-        self._clients = [Client(self, _fork(rng)) for _ in range(rng.randint(6, CLIENTS_MAX))]
+        self._clients = [Client(self, fork(rng)) for _ in range(rng.randint(6, CLIENTS_MAX))]
         self._changed = Pulse()
         self._own: set[asyncio.Task[object]] = set()
         self._over = False
@@ -135,7 +131,7 @@ class World:
             self.trace.say("calm")
             await self.until(self._at_rest, REST_S, "rest after the faults")
             self._over = True
-            await self._end()
+            await self.end()
             crew.cancel_all()
         self._raise_violations()
 
@@ -145,6 +141,9 @@ class World:
 
     async def serve_beside(self, daemon: Daemon, crew: Crew) -> None:
         """What a daemon serves to other processes, once its store is open. `crew` is the daemon's."""
+
+    def daemon_died(self, process: str) -> None:
+        """What the kernel does for others when that process is no more."""
 
     # -- what clients use --
 
@@ -182,6 +181,10 @@ class World:
                 await asyncio.sleep(0.1)
                 continue
             return
+
+    def look_again(self) -> None:
+        """Whoever waits for a state of the world looks at it again."""
+        self._changed.fire()
 
     def on_revision(self, batch: Batch) -> None:
         """A revision was kept."""
@@ -239,6 +242,7 @@ class World:
         life.end()
         self.crashes += not (self._over or daemon.asked_to_leave)
         self.trace.say("daemon is dead", life=life.number)
+        self.daemon_died(f"{DAEMON} {life.number}")
         await self._drop_tasks()
 
     async def _drop_tasks(self) -> None:
@@ -308,7 +312,7 @@ class World:
             if sandbox not in self.facts.statuses or self.facts.statuses[sandbox].phase not in TERMINAL
         ]
 
-    async def _end(self) -> None:
+    async def end(self) -> None:
         """No leaks beside the living pools; then force the node closed, and nothing at all may be left."""
         assert self.daemon is not None
         leaks = [leak for leak in find_leaks(self.daemon.ports) if leak.kind != "record"]
@@ -333,114 +337,6 @@ class World:
             raise Violation("; ".join(self.checkers.violations))
 
 
-class Daemon:
-    """One life of the daemon: store, control and node in one process, as `run` puts them together."""
-
-    def __init__(self, world: World, life: Life, settings: NodeSettings) -> None:
-        self._world, self.life = world, life
-        self.ports = world.kernel.ports(life)
-        self.store = Store(_WatchedLog(world, life), world.clock)
-        self.up = False
-        self.asked_to_leave = False
-        source = LocalSource(self.store)
-        self.controller = Controller(
-            store=self.store, source=source, clock=world.clock, rng=_fork(world.rng), retention_s=RETENTION_S
-        )
-        self.node = Node(
-            settings=settings,
-            ports=self.ports,
-            source=source,
-            reports=LocalReports(self.store, by="node", rng=_fork(world.rng)),
-            clock=world.clock,
-            rng=_fork(world.rng),
-            machine=Machine(boot_id=world.kernel.boot_id),
-            token_seed=b"sim" * 11,
-        )
-
-    async def run(self) -> None:
-        world = self._world
-        async with Crew("daemon") as crew:
-            await self.store.open()
-            if self.store.get(keys.BUILD + BUILD) is None:
-                await self.store.commit([Put(keys.BUILD + BUILD, msgspec.json.encode(_BUILD))], by="run")
-            await world.serve_beside(self, crew)
-            await self.node.open()
-            await self.controller.open(crew)
-            self.up = True
-            world.daemon = self
-            world.checkers.quiet_since = world.clock.monotonic()
-            world.trace.say("daemon is up")
-            world._changed.fire()
-            await self.node.run()
-
-    async def leave(self, closing: Closing) -> None:
-        """Close as told, then die. Unless it keeps them or could not verify an end, no sandbox may be left."""
-        world = self._world
-        try:
-            await self.node.close(closing, within_s=1.0)
-            if closing is not Closing.KEEP:
-                for sandbox in [proc.order.sandbox for proc in world.kernel.processes.values()]:
-                    world.checkers.blame(f"{sandbox} lives on after {closing.value}")
-        except Exception as error:
-            world.trace.say("stop was not clean", error=type(error).__name__)
-        self.check_bugs()
-        self.life.end()
-
-    def check_bugs(self) -> None:
-        bugs = self.node.statistics().bugs
-        if bugs:
-            self._world.checkers.blame(f"raised: {bugs}")
-
-
-class _WatchedLog:
-    """The log as one life of the daemon sees it; the world sees each revision that was kept, acknowledged or not."""
-
-    def __init__(self, world: World, life: Life) -> None:
-        self._world, self._life, self._log = world, life, world.log
-        self._waiting: list[Batch] = []
-
-    async def open(self, *, logged: OnLogged, failed: OnFailed) -> None:
-        def kept(revision: int) -> None:
-            done = [batch for batch in self._waiting if batch.revision <= revision]
-            self._waiting = self._waiting[len(done) :]
-            for batch in done:
-                self._world.on_revision(batch)
-            if not self._life.dead:
-                logged(revision)
-
-        await self._log.open(logged=kept, failed=failed)
-
-    async def image(self) -> Image:
-        return await self._log.image()
-
-    async def read(self, after_revision: int, count_max: int) -> list[Batch]:
-        return await self._log.read(after_revision, count_max)
-
-    def append(self, entry: Batch, *, durable: bool) -> None:
-        self._life.check()
-        self._waiting.append(entry)
-        self._log.append(entry, durable=durable)
-
-    def reset(self) -> None:
-        self._log.reset()
-
-    def compact(self, revision: int) -> asyncio.Future[None]:
-        return self._log.compact(revision)
-
-    async def close(self) -> None:
-        if not self._life.dead:
-            await self._log.close()
-
-
-ANSWER_S: Final = 400.0
-_BUILD: Final = Build(
-    id=BUILD,
-    template=TemplateId("base"),
-    layers=(Layer(digest="sha256:0", path="/sim/layers/0"),),
-    created_at=0.0,
-)
-
-
 def _outlives_daemon(process: str) -> bool:
     """Whether tasks of this process are nobody's business when a daemon is killed: ingress and guests live on."""
     return process != "" and not process.startswith(DAEMON)
@@ -450,8 +346,3 @@ def _seen(task: asyncio.Task[None]) -> None:
     """What a dead daemon's task ended with is looked at where it matters; nobody else needs to hear of it."""
     if not task.cancelled():
         task.exception()
-
-
-def _fork(rng: random.Random) -> random.Random:
-    """A generator of its own, so that one party's draws do not move another's."""
-    return random.Random(rng.getrandbits(64))
