@@ -29,6 +29,7 @@ T = TypeVar("T")
 
 READY_DEFAULT: Final = 32  # about 0.6 MB of kernel memory per slot
 MAKING_MAX_DEFAULT: Final = 4
+REFILL_REST_S: Final = 0.05  # after a take that leaves enough
 RETRY_BASE_S: Final = 0.1
 RETRY_CAP_S: Final = 10.0
 
@@ -100,6 +101,7 @@ class Pool(Generic[T]):
         self._changed = asyncio.Event()  # set at each change while somebody closes
         self._failures = 0  # makes that failed in a row
         self._opened = False
+        self._resting = False  # a refill is put off
         self._closed = False
         self._made = self._destroyed = self._refused = self._make_failures = 0
 
@@ -137,7 +139,7 @@ class Pool(Generic[T]):
         number = self._ready[0]
         self._lend(number, owner)
         self._ready.popleft()
-        self._refill()
+        self._refill(soon=2 * len(self._ready) < self._ready_target)
         return number, self._values[number]
 
     async def take(self, owner: str, *, within_s: float) -> tuple[int, T]:
@@ -242,13 +244,23 @@ class Pool(Generic[T]):
 
     # -- filling --
 
-    def _refill(self) -> None:
+    def _refill(self, *, soon: bool = True) -> None:
         if not self._opened:
+            return
+        if not soon:  # the sandbox that took one starts first: a make takes as much of the machine as a start
+            if not self._resting:
+                self._resting = True
+                self._crew.spawn(self._rest(), name=f"{self.kind} refill")
             return
         while self._free and self._counts[State.MAKING] < self._making_max and self._short() > 0:
             number = self._free.popleft()
             self._set_state(number, State.MAKING)
             self._crew.spawn(self._make_one(number), name=f"{self.kind} {number} make")
+
+    async def _rest(self) -> None:
+        await asyncio.sleep(REFILL_REST_S)
+        self._resting = False
+        self._refill()
 
     def _short(self) -> int:
         """How many more should be on their way. After a failure only takers drive tries; `_calm` drives the rest."""
