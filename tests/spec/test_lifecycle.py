@@ -93,6 +93,7 @@ def test_a_second_daemon_on_the_same_folder_is_refused_by_name_of_the_first(make
     refused = one.run("up", "--api", "127.0.0.1:0", "--ingress", "127.0.0.1:0", check=False)
     assert refused.returncode != 0
     assert f"pid {one.daemon.pid}" in refused.stderr
+    assert one.run("env", "--data", str(one.data)).stdout, "the first is no longer found"
     create(one)
 
 

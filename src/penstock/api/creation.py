@@ -241,20 +241,22 @@ def _stopped(front: Front, spec: SandboxSpec, reason: KillReason, by: str) -> Sa
 async def change(front: Front, sandbox: SandboxId, edit: Any) -> int | None:
     """Apply `edit(spec) -> spec` under compare-and-swap. Returns the revision, None when the sandbox is gone.
 
-    Bounded: eight lost races in a row raise Conflict; each loss means that somebody else made progress.
+    One at a time per sandbox, so that callers never lose to each other, however many they are. Against others it is
+    bounded: eight lost races in a row raise Conflict; each loss means that somebody else made progress.
     """
-    for _ in range(8):
-        record = front.store.get(keys.SANDBOX_SPEC + sandbox)
-        if record is None:
-            return None
-        before = msgspec.json.decode(record.value, type=SandboxSpec)
-        after = edit(before)
-        if after == before:
-            return record.mod_revision
-        try:
-            return await front.store.commit(
-                [Put(record.key, msgspec.json.encode(after), labels=None, expect=record.mod_revision)], by="api"
-            )
-        except RevisionConflict:
-            continue
+    async with front.turns.of(keys.SANDBOX_SPEC + sandbox):
+        for _ in range(8):
+            record = front.store.get(keys.SANDBOX_SPEC + sandbox)
+            if record is None:
+                return None
+            before = msgspec.json.decode(record.value, type=SandboxSpec)
+            after = edit(before)
+            if after == before:
+                return record.mod_revision
+            try:
+                return await front.store.commit(
+                    [Put(record.key, msgspec.json.encode(after), labels=None, expect=record.mod_revision)], by="api"
+                )
+            except RevisionConflict:
+                continue
     raise Conflict("the sandbox is being changed by others", which=sandbox, now="try again")

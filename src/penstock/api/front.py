@@ -65,7 +65,7 @@ class Front:
     domain: str
     admin_token: str
     limits: TeamLimits
-    turns: Turns = field(default_factory=Turns)  # of idempotency keys
+    turns: Turns = field(default_factory=Turns)  # of idempotency keys and of specs being changed
     ready_s: float = 60.0  # how long a create may take before it answers 503
     room_s: float = 5.0  # how much of that it waits for a node that is full; less than any client waits for an answer
 

@@ -138,7 +138,6 @@ class Daemon:
         self._ready, self.stopping = False, True
         for keeper in self._keepers:  # first of all: what we end now must not be started anew
             keeper.cancel()
-        self.folder.daemon_file.unlink(missing_ok=True)
         errors: list[Exception] = []
         while self._closers:
             name, close = self._closers.pop()
@@ -277,6 +276,8 @@ class Daemon:
         return self.settings.domain if port in ("", "443") else f"{self.settings.domain}:{port}"
 
     def _announce(self) -> None:
+        # Ours to take away only once it is ours: a start that is refused must not make a running daemon unfindable.
+        self._closes("announcement", lambda _: _done(lambda: self.folder.daemon_file.unlink(missing_ok=True)))
         children.announce(
             self.folder.daemon_file,
             version=__version__,

@@ -231,3 +231,11 @@ async def test_the_openapi_document_is_served(door: Door):
     paths = (await door.client.get("/openapi.json")).json()["paths"]
     assert "/v2/sandboxes" in paths
     assert "/v3/templates" not in paths
+
+
+async def test_many_callers_changing_one_sandbox_all_succeed(door: Door):
+    made = await create(door)
+    path = f"/sandboxes/{made['sandboxID']}/timeout"
+    replies = await asyncio.gather(*(door.client.post(path, json={"timeout": 60 + i}) for i in range(40)))
+    assert {reply.status_code for reply in replies} == {204}
+    assert not door.front.turns._locks
