@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import socket
 import subprocess
@@ -92,6 +93,14 @@ def test_a_copy_that_fails_says_why_and_touches_no_file(one, box, tmp_path: Path
         assert ran.returncode == 1
         assert ran.stderr.startswith(f"penstock: {source}: ")
         assert "Traceback" not in ran.stderr
+
+
+def test_doctor_ends_with_a_sandbox_that_came_and_went(tmp_path: Path):
+    ran = subprocess.run(
+        [PENSTOCK, "doctor", "--json", "--data", str(tmp_path)], capture_output=True, text=True, timeout=120
+    )
+    last = json.loads(ran.stdout)[-1]
+    assert (last["probe"], last["ok"], ran.returncode) == ("a sandbox", True, 0), last
 
 
 @pytest.mark.parametrize(

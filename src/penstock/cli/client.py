@@ -143,7 +143,7 @@ def _events(response: httpx.Response) -> Iterator[dict[str, Any]]:
                 error = message.get("error")
                 if error:
                     code = error.get("code", "internal")
-                raise CallFailed(error.get("message", code), kind=_kind_of(code))
+                    raise CallFailed(error.get("message", code), kind=_kind_of(code))
                 return
             yield message["event"]
     raise CallFailed("the sandbox ended while the command ran")
