@@ -45,10 +45,13 @@ class Caller:
         self._net, self._address, self._rng = net, address, rng
         self._streams: Streams | None = None
         self._held = bytearray()
+        self._broken = False  # by a reset
 
     async def open(self) -> None:
         """Raises ConnectionRefusedError: nobody listens."""
         self._streams = await self._net.open_streams(self._address)
+        self._held.clear()
+        self._broken = False
 
     @property
     def writer(self) -> asyncio.StreamWriter:
@@ -56,12 +59,15 @@ class Caller:
         return self._streams[1]
 
     async def send(self, data: bytes) -> None:
-        """All of it, in pieces, some after a pause. Returns early when the other side has gone."""
-        at = 0
-        while at < len(data) and not self.writer.is_closing():
-            size = self._rng.choice((1, 7, 100, 4_000, len(data)))
-            self.writer.write(data[at : at + size])
-            at += size
+        """All of it, in pieces, some after a pause. Returns early when the other side has gone.
+
+        As in `net`, the number of pieces does not depend on the length.
+        """
+        count = self._rng.choice((1, 1, 2, 5, 20))
+        for number in range(count):
+            if self.writer.is_closing():
+                return
+            self.writer.write(data[len(data) * number // count : len(data) * (number + 1) // count])
             try:
                 async with within(ANSWER_S, "the other side to take a request"):
                     await self.writer.drain()
@@ -130,6 +136,7 @@ class Caller:
         try:
             data = await self._streams[0].read(READ_BYTES)
         except OSError:
+            self._broken = True
             return False
         self._held += data
         return bool(data)
@@ -165,7 +172,7 @@ class Caller:
             else:
                 body += data
             if not await self._more():
-                return bytes(body), head.framing is Framing.UNTIL_CLOSE
+                return bytes(body), head.framing is Framing.UNTIL_CLOSE and not self._broken
 
 
 def request(

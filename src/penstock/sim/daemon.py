@@ -17,6 +17,7 @@ from penstock.model.records import Batch
 from penstock.model.template import Build, Layer
 from penstock.node.means import NodeSettings
 from penstock.node.node import Closing, Machine, Node
+from penstock.node.samples import Samples
 from penstock.sim.machinery import Life
 from penstock.sim.workload import BUILD
 from penstock.store.log import Image, OnFailed, OnLogged
@@ -60,6 +61,15 @@ class Daemon:
             token_seed=TOKEN_SEED,
         )
 
+        self._samples = Samples(
+            cgroups=self.ports.cgroups,
+            disks=self.ports.disks,
+            clock=world.clock,
+            living=self.node.living,
+            disk_name=self.node.disk_name,
+            run_dirs="/sim/run",
+        )
+
     async def run(self) -> None:
         world = self._world
         async with Crew("daemon") as crew:
@@ -69,6 +79,7 @@ class Daemon:
             await world.serve_beside(self, crew)
             await self.node.open()
             await self.controller.open(crew)
+            crew.spawn(self._samples.run(), name="samples")
             self.up = True
             world.daemon = self
             world.checkers.quiet_since = world.clock.monotonic()

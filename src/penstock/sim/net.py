@@ -38,6 +38,7 @@ class Net:
         self._listeners: dict[str, Listener] = {}
         self._ends: dict[End, None] = {}
         self.connections = 0  # ever
+        self.away: set[str] = set()  # addresses nobody gets through to
 
     def listen(self, address: str, make: Callable[[], asyncio.BaseProtocol]) -> Listener:
         """Accept on `address` in the name of the calling process. Raises OSError when somebody does already."""
@@ -51,7 +52,7 @@ class Net:
         base_s = self._rng.uniform(0.0001, DELAY_S_MAX / 2)
         await asyncio.sleep(base_s)
         listener = self._listeners.get(address)
-        if listener is None:
+        if listener is None or address in self.away:
             raise ConnectionRefusedError(111, "Connection refused", address)
         self.connections += 1
         near = End(self, address, self._fork(), contextvars.copy_context(), base_s)

@@ -18,6 +18,7 @@ import msgspec
 
 from penstock.core.crew import Crew
 from penstock.core.deadlines import within
+from penstock.core.errors import PenstockError
 from penstock.feed.local import LocalSource
 from penstock.feed.remote import RemoteSource
 from penstock.feed.server import FeedServer
@@ -35,7 +36,7 @@ from penstock.sim.daemon import TOKEN_SEED, Daemon
 from penstock.sim.faults import Rates
 from penstock.sim.inhabitants import House, guest_address, port_address
 from penstock.sim.judge import Judge
-from penstock.sim.machinery import Machinery
+from penstock.sim.machinery import Dead, Machinery
 from penstock.sim.net import Net
 from penstock.sim.visits import INGRESS, Visit
 from penstock.sim.world import WORLD_S, Outcome, World
@@ -121,6 +122,8 @@ class TrafficWorld(World):
     def live_beside(self, crew: Crew) -> list[asyncio.Task[object]]:
         self.start(crew, self._keep_ingress(), "ingress's keeper")
         self.start(crew, self._cut_connections(), "cuts")
+        for each in self._clients:
+            self.start(crew, each.meddle(random.Random(self._dice.getrandbits(64))), f"meddler with {each.sandbox}")
         return [
             self.start(crew, self._visit(each.sandbox), f"visitor {number} of {each.sandbox}")
             for each in self._clients
@@ -223,13 +226,30 @@ class TrafficWorld(World):
     async def _cut_connections(self) -> None:
         for _ in range(self._cuts_wanted):
             await asyncio.sleep(self._dice.uniform(1.0, 10.0))
-            if self._dice.random() < 0.5:
-                count = self.net.cut(FEED, 0.6)
-                self._feed_cut_at = self.clock.monotonic() if count else self._feed_cut_at
-                self.trace.say("feed cut", connections=count)
-            else:
-                self._cuts += 1
-                self.trace.say("clients cut", connections=self.net.cut(INGRESS, 0.4))
+            match self._dice.randrange(4):
+                case 0:
+                    self._feed_cut_at = self.clock.monotonic()
+                    self.trace.say("feed cut", connections=self.net.cut(FEED, 0.6))
+                case 1:
+                    await self._hide_feed(self._dice.uniform(0.5, 5.0))
+                case _:
+                    self._cuts += 1
+                    self.trace.say("clients cut", connections=self.net.cut(INGRESS, 0.4))
+
+    async def _hide_feed(self, seconds: float) -> None:
+        """Nobody gets through to the daemon, which meanwhile gives up its history."""
+        self.net.away.add(FEED)
+        self._feed_cut_at = self.clock.monotonic() + seconds
+        self.trace.say("feed hidden", connections=self.net.cut(FEED, 1.0))
+        await asyncio.sleep(seconds)
+        daemon = self.daemon
+        if daemon is not None and daemon.up:
+            try:
+                async with within(1.0, "a compaction"):
+                    await daemon.store.compact(daemon.store.revision)
+            except (PenstockError, Dead):
+                pass  # Safe: it dies, or its log does; then nothing is given up.
+        self.net.away.discard(FEED)
 
 
 class Ingress:

@@ -104,7 +104,14 @@ class Client:
 
         await self._world.write(unless_there, labels={"team": TEAM})
 
-    async def _change(self, edit: object) -> None:
+    async def meddle(self, rng: random.Random) -> None:
+        """Somebody else changes the same sandbox, and takes his time between looking and writing."""
+        for _ in range(rng.randint(0, 3)):
+            await self._world.sleep(rng.uniform(1.0, 10.0))
+            if self.sandbox in self._world.facts.specs:
+                await self._change(self._extended, think_s=rng.uniform(0.0, 2.0))
+
+    async def _change(self, edit: object, *, think_s: float = 0.0) -> None:
         def changed() -> list[tuple[str, bytes, int | None]]:
             spec = self._world.facts.specs.get(self.sandbox)
             if spec is None:
@@ -116,7 +123,7 @@ class Client:
         self._world.trace.say("change", sandbox=self.sandbox, how=getattr(edit, "__name__", "?"))
         for _ in range(20):
             try:
-                await self._world.write(changed)
+                await self._world.write(changed, think_s=think_s)
             except RevisionConflict:
                 await self._world.sleep(0.05)
                 continue

@@ -159,8 +159,12 @@ class World:
         if not came:
             raise Violation(f"{what} did not come within {within_s:g} s")
 
-    async def write(self, make: Callable[[], Writes], *, labels: dict[str, str] | None = None) -> None:
+    async def write(
+        self, make: Callable[[], Writes], *, labels: dict[str, str] | None = None, think_s: float = 0.0
+    ) -> None:
         """Commit as the front door does, through whichever daemon lives. `make` is asked again for each try.
+
+        `think_s` passes between what `make` saw and the commit: others may be faster.
 
         Raises RevisionConflict.
         """
@@ -170,10 +174,13 @@ class World:
             if not writes:
                 return
             puts = [Put(key, value, labels=labels, expect=expect) for key, value, expect in writes]
-            assert self.daemon is not None
+            daemon = self.daemon
+            assert daemon is not None
+            if think_s:
+                await self.sleep(think_s)
             try:
                 async with within(WRITE_S, "a commit"):
-                    await self.daemon.store.commit(puts, by="api")
+                    await daemon.store.commit(puts, by="api")
             except RevisionConflict:
                 if make():
                     raise
