@@ -51,7 +51,9 @@ def test_keep_leaves_sandboxes_running_and_the_next_daemon_takes_them_over(make)
     assert "go on running" in one.output[-1]
     assert Path(f"/proc/{zygote}").exists()
     assert Path(f"/proc/{ingress}").exists()
+    one.options = ("--ingress", "127.0.0.1:1")
     one.up(on_stop="keep")
+    assert any("ingress stays on" in line and "127.0.0.1:1:" in line for line in one.output)
     assert (pid_of(one, "zygote"), pid_of(one, "ingress")) == (zygote, ingress)
     assert execute(one, sandbox, "cat", "/proc/sys/kernel/random/boot_id") == boot_id
     assert one.run("sandbox", "kill", sandbox).stdout.strip() == sandbox

@@ -250,6 +250,11 @@ class Daemon:
         told = json.loads(self.folder.ingress_file.read_text())
         self.ingress_url, self.tls_url = told["url"], told.get("tls_url", "")
         self.ca_file = told.get("ca_file", "")
+        for name, url in (("ingress", self.ingress_url), ("tls", self.tls_url)):
+            asked, given = getattr(self.settings, name), url.rpartition("//")[2]
+            if asked != given and not asked.endswith(":0"):
+                # It carries connections of running sandboxes: moving it would break them.
+                self._say(f"{name} stays on {given}, not {asked}: to move it, stop with penstock down --drain first")
         self._keep("ingress", children.keep(self._ingress, self._restart_ingress, log=log.warning))
 
     async def _restart_ingress(self) -> children.Child:
