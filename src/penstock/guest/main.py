@@ -140,6 +140,10 @@ class Guest:
             server.stop()
             await self._end_processes()
 
+    def stop(self) -> None:
+        """As SIGTERM does."""
+        self._stop.set()
+
     def _build(self, crew: Crew) -> Server:
         routes = Routes()
         access = TokenAccess(self._settings, self._clock)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 
 from penstock.guest.main import serve
+from penstock.guest.rehearsal import rehearse
 from penstock.node.linux import zygote
 from penstock.run.children import announce
 from penstock.run.datafolder import DataFolder
@@ -18,6 +19,7 @@ from penstock.run.datafolder import DataFolder
 
 def main(arguments: list[str]) -> None:
     folder = DataFolder(arguments[0])
+    rehearse(str(folder.run))
     listener = zygote.listen(str(folder.zygote_socket))
     announce(folder.zygote_file)
     zygote.run(listener, serve, stepping_stone=str(folder.run))
