@@ -164,14 +164,8 @@ def test_a_kill_is_verified_in_time_while_a_neighbour_writes(installation: Insta
     one = installation
     mine, writer = create(one), create(one)
     kernel = Kernel(one, mine)
-    assert (
-        execute(
-            one,
-            mine,
-            "dd if=/dev/zero of=dirty bs=1M count=150 status=none; (trap '' TERM; sleep 99) >/dev/null 2>&1 &",
-        ).returncode
-        == 0
-    )
+    dirty = "dd if=/dev/zero of=dirty bs=1M count=150 status=none; (trap '' TERM; sleep 99) >/dev/null 2>&1 &"
+    assert execute(one, mine, dirty).returncode == 0
     command = "for n in 1 2 3 4; do dd if=/dev/zero of=f bs=1M count=400 status=none; rm f; done"
     neighbour = threading.Thread(target=execute, args=(one, writer, command))
     neighbour.start()
