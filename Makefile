@@ -21,8 +21,8 @@ check:            ## style, types, layers
 	.venv/bin/mypy
 	.venv/bin/pytest tests/shape
 
-sim:              ## replay one simulated world: make sim SEED=42
-	$(PYTHON) -m penstock.sim --seed $(SEED)
+sim:              ## replay one simulated world: make sim SEED=42, with ingress and clients: TRAFFIC=1
+	$(PYTHON) -m penstock.sim $(if $(TRAFFIC),--traffic) --seed $(SEED)
 
 linux: setup-test ## the real-kernel tests alone (root)
 	.venv/bin/pytest tests/linux tests/spec

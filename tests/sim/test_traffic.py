@@ -9,7 +9,6 @@ from collections.abc import Iterable
 
 import pytest
 
-from penstock.guest.exchange import Stream
 from penstock.ingress.client import Client
 from penstock.ingress.follow import Follower
 from penstock.ingress.pool import Pool
@@ -21,7 +20,7 @@ SEEDS = 40
 CALM = Rates()
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)  # 10 s on an idle machine
 def test_forty_worlds_with_traffic_hold() -> None:
     outcomes = [
         traffic.run(seed) for seed in range(SEEDS)
@@ -79,6 +78,19 @@ def test_a_route_that_is_not_looked_for_again_is_noticed(monkeypatch: pytest.Mon
     assert "was not found" in broken(range(8), CALM)
 
 
+def test_a_route_lost_with_the_daemon_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = traffic.TrafficWorld.daemon_died
+
+    def forgets(self: traffic.TrafficWorld, process: str) -> None:
+        original(self, process)
+        if self.ingress is not None:
+            for sandbox in list(self.ingress.table.routes):
+                self.ingress.table.put(sandbox, None)
+
+    monkeypatch.setattr(traffic.TrafficWorld, "daemon_died", forgets)
+    assert "which serves, got" in broken(range(12), Rates(crash_after=(60,)))
+
+
 def test_a_stream_left_open_after_its_sandbox_ended_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Client, "sandbox_ended", lambda self: None)
     monkeypatch.setattr(Client, "upstream_lost", lambda self, upstream, untouched: None)
@@ -101,7 +113,12 @@ def take_any(pool: Pool, port: int) -> Upstream | None:
     return None
 
 
-def test_a_lost_byte_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = Stream.push
-    monkeypatch.setattr(Stream, "push", lambda self, data: original(self, data[:-1] if len(data) > 1 else data))
-    assert broken(range(12), CALM)
+def test_a_changed_byte_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Client.send
+
+    def send(self: Client, data: bytes) -> None:
+        original(self, data[:-1] + bytes([data[-1] ^ 1]) if len(data) > 3_000 else data)
+
+    monkeypatch.setattr(Client, "send", send)
+    said = broken(range(12), CALM)
+    assert "not what was put there" in said or "echoed" in said

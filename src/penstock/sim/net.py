@@ -128,6 +128,7 @@ class End(asyncio.Transport):
         self._closing = False  # by us: nothing is read any more
         self._lost = False  # the descriptor is closed
         self._heard_end = False
+        self._doomed = False  # a reset is on its way to us: no orderly end comes any more
         self._reading = True
         self._paused = False
         self._high, self._low = HIGH_BYTES, HIGH_BYTES // 4
@@ -266,7 +267,11 @@ class End(asyncio.Transport):
         if protocol is not None:
             protocol.connection_lost(error)
 
+    def _end_is_due(self) -> bool:
+        return self.peer._ended and not self._heard_end and not self._doomed
+
     def _be_reset(self, *, after_s: float) -> None:
+        self._doomed = True
         self._loop.call_later(after_s, self._take_reset, context=self._context)
 
     def _take_reset(self) -> None:
@@ -281,7 +286,7 @@ class End(asyncio.Transport):
         """Something may have come for us: deliver it after a delay, unless nobody reads."""
         if self._timer is not None or self.is_closing() or not self._reading or self._protocol is None:
             return
-        if self.peer._out or (self.peer._ended and not self._heard_end):
+        if self.peer._out or self._end_is_due():
             self._timer = self._loop.call_later(self._delay_s(), self._deliver, context=self._context)
 
     def _deliver(self) -> None:
@@ -294,7 +299,7 @@ class End(asyncio.Transport):
             del source[: len(piece)]
             self.peer._gave()
             self._hand(piece)
-        elif self.peer._ended and not self._heard_end:
+        elif self._end_is_due():
             self._heard_end = True
             assert isinstance(self._protocol, asyncio.Protocol | asyncio.BufferedProtocol)
             if not self._protocol.eof_received():
