@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import http.client
 import json
+import resource
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -155,3 +157,18 @@ def eventually(check: Callable[[], T], within_s: float = 10.0, what: str = "it")
             return found
         assert time.monotonic() < until, f"{what} did not happen within {within_s} s"
         time.sleep(0.05)
+
+
+def exec_ms(box: Box, count: int = 12) -> float:
+    """Median of a command's round trip."""
+    times = []
+    for _ in range(count):
+        since = time.monotonic()
+        box.ok("true")
+        times.append((time.monotonic() - since) * 1000)
+    return statistics.median(times)
+
+
+def resident_mib(pid: int) -> float:
+    """What a process has in memory."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * resource.getpagesize() / (1 << 20)
