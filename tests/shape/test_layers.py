@@ -33,8 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 
 # Single imports against the map, each with its reason.
-EXCEPTIONS = {
-}
+EXCEPTIONS = {}
 
 # What a room may import from outside, where that is a promise; None: anything pinned.
 MAY_IMPORT_OUTSIDE: dict[str, set[str]] = {

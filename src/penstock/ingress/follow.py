@@ -17,7 +17,7 @@ from penstock.model import keys
 from penstock.model.errors import Unavailable
 from penstock.model.sandbox import SandboxSpec, SandboxStatus
 
-CATCH_UP_S: Final = 1.0  # 0.5 ms when nothing is wrong
+CATCH_UP_S: Final = 2.0  # 0.5 ms when nothing is wrong
 AGAIN_S: Final = 1.0  # after a view failed (a record that cannot be decoded), before everything is read anew
 
 _spec: Final = msgspec.json.Decoder(SandboxSpec)
@@ -63,12 +63,13 @@ class Follower:
         return await self._pulse.wait_for(lambda: self._table.complete, until=until)
 
     async def catch_up(self) -> None:
-        """Return once the table shows all that was true when this was called; at once while the feed is away.
+        """Return once the table shows all that was true when this was called.
 
-        Bounded by CATCH_UP_S, and then the table is what it is. All who ask meanwhile share the next question, so that
+        Bounded by CATCH_UP_S, long enough for the feed of a restarted daemon to come back; then the table is what it
+        is. All who ask meanwhile share the next question, so that
         a flood of unknown names costs the feed one small listing at a time.
         """
-        if not self.connected:
+        if not self._table.complete:
             return
         self._asked = ticket = self._asked + 1
         try:
