@@ -255,6 +255,8 @@ class Daemon:
             if asked != given and not asked.endswith(":0"):
                 # It carries connections of running sandboxes: moving it would break them.
                 self._say(f"{name} stays on {given}, not {asked}: to move it, stop with penstock down --drain first")
+        if told.get("domain", self.settings.domain) != self.settings.domain:
+            self._say(f"its certificate stays that of {told['domain']}: stop with penstock down --drain to change it")
         self._keep("ingress", children.keep(self._ingress, self._restart_ingress, log=log.warning))
 
     async def _restart_ingress(self) -> children.Child:

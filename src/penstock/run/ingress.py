@@ -96,7 +96,7 @@ async def _serve(arguments: argparse.Namespace) -> None:
             listeners.serve_tls(secure, certificate.context)
             crew.spawn(certificate.renew(), name="certificate")
         await listeners.serve(plain)
-        _announce(folder, plain, secure, certificate)
+        _announce(folder, plain, secure, certificate, arguments.domain)
         log.info("serving", listen=address(plain), tls=address(secure) if secure else "", routes=len(table.routes))
         await stop.wait()
         listeners.close()
@@ -149,13 +149,14 @@ class _Certificate:
 
 
 def _announce(
-    folder: DataFolder, plain: socket.socket, secure: socket.socket | None, certificate: _Certificate
+    folder: DataFolder, plain: socket.socket, secure: socket.socket | None, certificate: _Certificate, domain: str
 ) -> None:
     children.announce(
         folder.ingress_file,
         url=f"http://{address(plain)}",
         tls_url=f"https://{address(secure)}" if secure is not None else "",
         ca_file=certificate.authority,
+        domain=domain,
     )
 
 
