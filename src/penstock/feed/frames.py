@@ -109,7 +109,9 @@ class Link:
             self._arrived += data
 
     def put(self, message: FromReader | FromServer) -> None:
-        """Queue a message; `flush` bounds what is queued."""
+        """Queue a message; `flush` bounds what is queued. Raises ConnectionResetError once the connection has ended."""
+        if self._writer.transport.is_closing():  # uvloop's answer to a write then is a RuntimeError
+            raise ConnectionResetError("the other side has gone")
         self._writer.write(frame(message))
 
     async def flush(self) -> None:

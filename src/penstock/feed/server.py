@@ -87,8 +87,9 @@ class FeedServer:
         except OSError:
             pass  # the reader is gone, or too slow (DeadlinePassed is one): it comes back by itself
         except PenstockError as error:
-            link.put(_refusal(error))
-            await link.close(within_s=CLOSE_S)
+            with contextlib.suppress(OSError):  # gone already: then there is nobody to tell
+                link.put(_refusal(error))
+                await link.close(within_s=CLOSE_S)
         finally:
             self._drop(link)
 

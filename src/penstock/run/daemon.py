@@ -72,7 +72,7 @@ class Daemon:
         self._clock = SystemClock()
         self._rng = random.SystemRandom()
         self._registry = CollectorRegistry()
-        self._crew = Crew("daemon")
+        self._crew = Crew("daemon", on_error=self._part_failed)
         self._keepers: list[asyncio.Task[None]] = []
         self._closers: list[tuple[str, Callable[[OnStop], Awaitable[None]]]] = []
 
@@ -319,9 +319,13 @@ class Daemon:
         try:
             await part
         except Exception as error:
-            log.error("a part of the daemon failed", part=name, exc_info=error)
-            self._failure = error
-            self.failed.set()
+            self._part_failed(name, error)
+
+    def _part_failed(self, name: str, error: BaseException) -> None:
+        """A task ended by an error, so the daemon is not whole any more: answering on would be 503 for ever."""
+        log.error("a part of the daemon failed", part=name, exc_info=error)
+        self._failure = error
+        self.failed.set()
 
 
 async def _done(function: Callable[[], None]) -> None:
