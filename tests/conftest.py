@@ -29,7 +29,7 @@ def load_host_state() -> ModuleType:
 
 
 class Judge:
-    """What came since `before` and bears a sign of this session; what other installations do meanwhile is theirs."""
+    """What came since `before` and bears a sign of this run; what other installations do meanwhile is theirs."""
 
     def __init__(self, folder: str, session: str) -> None:
         self._folder, self._session = folder, session
