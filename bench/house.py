@@ -16,6 +16,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tests.installation import Installation
 
 
+STOP_S = 180.0  # a thousand sandboxes end one after the other
+
+
 @contextmanager
 def installation(*options: str) -> Iterator[Installation]:
     """A running Penstock in a temporary folder, and its variables in our environment. Raises AssertionError when it
@@ -27,7 +30,7 @@ def installation(*options: str) -> Iterator[Installation]:
             os.environ.update(house.env)
             yield house
         finally:
-            house.destroy()
+            house.destroy(within_s=STOP_S)
 
 
 def record_of(house: Installation, sandbox: str) -> dict[str, Any]:

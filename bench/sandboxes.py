@@ -301,16 +301,18 @@ def main() -> None:
     asked = parser.parse_args()
     resource.setrlimit(resource.RLIMIT_NOFILE, (8192, 8192))
     found: list[Figure] = []
-    with house.installation() as home:
-        bench = Bench(home, quick=asked.quick, idle=asked.idle or (50 if asked.quick else 1000))
-        bench.api.kill(bench.api.create()["sandboxID"])  # the first one warms what all share
-        for part in asked.only:
-            began = time.monotonic()
-            found += getattr(bench, part)()
-            print(f"{part}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
-        bench.api.close()
-    found.append(Figure("sandboxes: left behind (penstock leaks)", 0, "", at_most=0))  # else `destroy` had raised
-    figures.publish(found, asked.json)
+    try:
+        with house.installation() as home:
+            bench = Bench(home, quick=asked.quick, idle=asked.idle or (50 if asked.quick else 1000))
+            bench.api.kill(bench.api.create()["sandboxID"])  # the first one warms what all share
+            for part in asked.only:
+                began = time.monotonic()
+                found += getattr(bench, part)()
+                print(f"{part}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+            bench.api.close()
+        found.append(Figure("sandboxes: left behind (penstock leaks)", 0, "", at_most=0))  # else `destroy` had raised
+    finally:
+        figures.publish(found, asked.json)  # what was measured until something failed is worth knowing
 
 
 if __name__ == "__main__":

@@ -83,10 +83,10 @@ class Installation:
     def leaks(self) -> subprocess.CompletedProcess[str]:
         return self.run("leaks", "--data", str(self.data), check=False)
 
-    def destroy(self) -> None:
+    def destroy(self, within_s: float = 60.0) -> None:
         """Whatever state it is in: nothing of it exists afterwards. Raises AssertionError naming what is left."""
         if self.daemon is not None and self.daemon.poll() is None:
-            self.stop()
+            self.stop(within_s=within_s)
         gone = self.run("down", "--data", str(self.data), "--force", check=False)
         left = self.leaks()
         assert left.returncode == 0, f"left over:\n{left.stdout}{left.stderr}\n{gone.stdout}{gone.stderr}"
