@@ -141,7 +141,7 @@ class Controller:
             seen.append(
                 NodeSeen(
                     id=NodeId(node),
-                    cordoned=spec is not None and spec.cordoned,
+                    why_not=spec.why_not if spec is not None else "",
                     placed=self._counts.get(NodeId(node), 0),
                     sandboxes_max=status.sandboxes_max,
                     memory_bytes=status.memory_bytes,

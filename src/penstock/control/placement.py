@@ -19,7 +19,7 @@ class NodeSeen(msgspec.Struct, frozen=True, kw_only=True):
     """A node as the planner sees it. `placed` counts the live sandboxes bound to it, by this controller's own book."""
 
     id: NodeId
-    cordoned: bool
+    why_not: str  # why nothing is placed on it, as a clause; empty when something may be
     placed: int
     sandboxes_max: int  # 0: it does not say
     memory_bytes: int  # of the machine; 0: it does not say
@@ -48,8 +48,8 @@ def choose(nodes: Sequence[NodeSeen], limits: Limits, *, avoid: frozenset[NodeId
 
 
 def _why_not(node: NodeSeen, limits: Limits) -> str:
-    if node.cordoned:
-        return "is cordoned"
+    if node.why_not:
+        return node.why_not
     if node.sandboxes_max and node.placed >= node.sandboxes_max:
         return f"is full ({node.placed} of {node.sandboxes_max})"
     if node.memory_bytes and limits.memory_bytes_max > node.memory_bytes:

@@ -16,4 +16,5 @@ BUILD: Final = "build/"
 TEAM: Final = "team/"
 API_KEY: Final = "key/"  # + key id; labels: hash, team
 IDEMPOTENCY: Final = "idempotency/"  # + team/key; value: the sandbox id; under a lease
-EVENT: Final = "event/"  # + zero-padded sequence; labels: subject
+DRAIN: Final = "drain/"  # + node/epoch (zero-padded): the report; + /sandbox: an outcome; labels: node
+EVENT: Final = "event/"  # + zero-padded time, room and number, so that keys sort by time; labels: subject

@@ -11,6 +11,7 @@ from typing import Final
 
 import msgspec
 
+from penstock.model.drain import Disposition
 from penstock.model.ids import BuildId, NodeId, SandboxId, TeamId
 
 CPU_MILLI_DEFAULT: Final = 2000
@@ -49,6 +50,7 @@ class Event(StrEnum):
     PAUSE = "pause"
     RESUME = "resume"
     EVICT = "evict"
+    SPARE = "spare"
     EMPTY = "empty"
     DEADLINE = "deadline"
     KILL = "kill"
@@ -84,6 +86,7 @@ TRANSITIONS: Final[dict[tuple[Phase, Event], Phase]] = {
     (_P.READY, _E.PAUSE): _P.PAUSED,
     (_P.PAUSED, _E.RESUME): _P.READY,
     **{(phase, _E.EVICT): _P.DRAINING for phase in (_P.READY, _P.PAUSED)},
+    (_P.DRAINING, _E.SPARE): _P.READY,
     (_P.DRAINING, _E.EMPTY): _P.STOPPING,
     (_P.DRAINING, _E.DEADLINE): _P.STOPPING,
     **{(phase, _E.KILL): _P.STOPPING for phase in _LIVE},
@@ -169,6 +172,7 @@ class SandboxSpec(msgspec.Struct, frozen=True, kw_only=True):
     env: dict[str, str] = {}
     egress: EgressRules = EgressRules()
     isolation: Isolation = Isolation.NAMESPACE
+    on_drain: Disposition | None = None  # its template's or its creator's word; None: the node's
     node: NodeId | None = None
     stop: StopOrder | None = None
 

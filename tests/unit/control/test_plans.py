@@ -18,7 +18,7 @@ STOP = StopOrder(reason=KillReason.REQUEST, by="somebody", at=NOW)
 
 
 def node(name: str, **changes: object) -> NodeSeen:
-    seen = NodeSeen(id=NodeId(name), cordoned=False, placed=0, sandboxes_max=10, memory_bytes=0)
+    seen = NodeSeen(id=NodeId(name), why_not="", placed=0, sandboxes_max=10, memory_bytes=0)
     return msgspec.structs.replace(seen, **changes)
 
 
@@ -58,7 +58,12 @@ def refused(**changes: object) -> Seen:
 
 
 def test_a_new_sandbox_gets_the_fullest_node_with_room() -> None:
-    nodes = (node("n1", placed=3), node("n2", placed=7), node("n3", placed=10), node("n4", placed=9, cordoned=True))
+    nodes = (
+        node("n1", placed=3),
+        node("n2", placed=7),
+        node("n3", placed=10),
+        node("n4", placed=9, why_not="is cordoned"),
+    )
     planned = plan(seen(spec(), nodes=nodes), NOW)
     assert planned.actions == (Bind(A, NodeId("n2")),)
     assert "n2 is the fullest with room" in planned.because[0]
@@ -66,7 +71,7 @@ def test_a_new_sandbox_gets_the_fullest_node_with_room() -> None:
 
 
 def test_without_a_node_it_waits_until_its_end_at_most_and_says_why() -> None:
-    planned = plan(seen(spec(), nodes=(node("n1", cordoned=True),)), NOW)
+    planned = plan(seen(spec(), nodes=(node("n1", why_not="is cordoned"),)), NOW)
     assert planned == Plan(wake_at=NOW + 300, because=("no node can take it", "n1 is cordoned"))
     assert plan(seen(spec(), nodes=()), NOW).because == ("no node can take it", "no node has joined")
 
@@ -80,7 +85,7 @@ def test_a_sandbox_larger_than_the_machine_does_not_go_there() -> None:
 def test_a_bound_sandbox_is_left_to_its_node_whatever_happens_to_the_node() -> None:
     for phase in (None, Phase.CREATING, Phase.READY, Phase.UNKNOWN, Phase.QUARANTINED, Phase.STOPPING):
         told = status(phase) if phase is not None else None
-        for nodes in ((node("n1"), node("n2")), (node("n1", cordoned=True), node("n2"))):
+        for nodes in ((node("n1"), node("n2")), (node("n1", why_not="is cordoned"), node("n2"))):
             assert plan(seen(spec(node=NodeId("n1")), told, nodes=nodes), NOW).actions == ()
 
 
@@ -133,7 +138,7 @@ nodes_seen = st.lists(
     st.builds(
         NodeSeen,
         id=st.sampled_from([NodeId(f"n{number}") for number in range(4)]),
-        cordoned=st.booleans(),
+        why_not=st.sampled_from(("", "is cordoned")),
         placed=st.integers(0, 6),
         sandboxes_max=st.sampled_from([0, 1, 4, 6]),
         memory_bytes=st.sampled_from([0, 2**29, 2**33]),
@@ -200,7 +205,7 @@ def test_a_choice_fits_and_says_why_for_every_other(nodes: tuple[NodeSeen, ...])
     fits = [
         seen.id
         for seen in nodes
-        if not seen.cordoned
+        if not seen.why_not
         and (not seen.sandboxes_max or seen.placed < seen.sandboxes_max)
         and (not seen.memory_bytes or seen.memory_bytes >= Limits().memory_bytes_max)
     ]
