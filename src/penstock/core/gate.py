@@ -31,6 +31,7 @@ from typing import Final
 
 from penstock.core.deadlines import Pulse
 from penstock.core.errors import Kind, PenstockError
+from penstock.core.hold import Hold
 from penstock.core.settle import CANCEL_S, settle, settled
 
 RETRY_AFTER_S: Final = 5.0  # told to whom a cordoned gate refuses, unless the cordon says better
@@ -101,85 +102,6 @@ class GateStatistics:
     forced_total: int
 
 
-class Notice:
-    """Whether a holder was asked to leave. Level-triggered: a holder that looks late still sees it."""
-
-    __slots__ = ("_changed", "_set")
-
-    def __init__(self) -> None:
-        self._set = False
-        self._changed = Pulse()
-
-    def is_set(self) -> bool:
-        return self._set
-
-    async def wait(self) -> None:
-        """Return once notice is given. Unbounded: race it against the work it stops."""
-        await self._changed.wait_for(self.is_set, until=None)
-
-    def _give(self) -> None:
-        self._set = True
-        self._changed.fire()
-
-    def _withdraw(self) -> None:
-        self._set = False
-
-
-class Hold:
-    """One admitted piece of work. Give it back with `release()` or by leaving its `with` block."""
-
-    __slots__ = ("_called", "_gate", "_on_force", "_released", "kind", "label", "notice")
-
-    def __init__(self, gate: Gate, kind: str, label: str) -> None:
-        self._gate = gate
-        self.kind, self.label = kind, label
-        self.notice = Notice()
-        self._on_force: list[Callable[[], object]] = []
-        self._called = 0  # how many of its callbacks the present force has begun
-        self._released = False
-
-    def __enter__(self) -> Hold:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.release()
-
-    def __str__(self) -> str:
-        return f"{self.kind} {self.label}"
-
-    @property
-    def deadline(self) -> float | None:
-        """Loop seconds by which to be gone; None without notice. May move nearer, never away."""
-        return self._gate.deadline
-
-    @property
-    def left_s(self) -> float | None:
-        """Seconds until the deadline, never negative; None without notice."""
-        at = self.deadline
-        return None if at is None else max(0.0, at - asyncio.get_running_loop().time())
-
-    def on_force(self, callback: Callable[[], object]) -> None:
-        """Call `callback` (its awaitable is awaited) when force comes; after `release` never. Must be idempotent.
-
-        Callbacks of one hold run in the order given. One that is registered while force runs is called by that force.
-        """
-        self._on_force.append(callback)
-        self._gate._changed.fire()
-
-    def child(self, label: str | None = None) -> Hold:
-        """A hold for the continuation of this work: not gated by a cordon, refused once force has begun.
-
-        Raises GateClosed also when this hold was given back: nothing admitted is left to continue.
-        """
-        return self._gate._admit_child(self, label or self.label)
-
-    def release(self) -> None:
-        """Idempotent."""
-        if not self._released:
-            self._released = True
-            self._gate._released(self)
-
-
 class _Run:
     """A drain in progress: shared by all its callers."""
 
@@ -189,6 +111,7 @@ class _Run:
         self.force_s = policy.force_s
         self.forced: dict[Hold, None] = {}
         self.force: asyncio.Future[None] | None = None  # while one caller leads it
+        self.has_forced = False
         self.abandoned = False
 
     def tighten(self, now: float, policy: DrainPolicy) -> None:
@@ -205,6 +128,7 @@ class Gate:
         self._reason: str | None = None
         self._run: _Run | None = None
         self._changed = Pulse()
+        self._on_release: Callable[[], object] = lambda: None
         self._admitted = self._refused = self._forced = 0
 
     @property
@@ -226,6 +150,21 @@ class Gate:
         if self._reason is not None:
             raise self._closed(self._reason)
         return self._admit(kind, label)
+
+    def readmit(self, kind: str, label: str) -> Hold:
+        """A hold for what lived before this gate did, and cannot be refused: a sandbox found after a restart."""
+        hold = self._admit(kind, label)
+        if self._run is not None:
+            hold.notice._give()
+        return hold
+
+    def on_release(self, callback: Callable[[], object]) -> None:
+        """Call `callback` after each release, synchronously. There is one: whoever drains."""
+        self._on_release = callback
+
+    def held(self, *kinds: str) -> list[Hold]:
+        """The holds of these kinds (none given: all), in order of admission."""
+        return [hold for hold in self._holds if not kinds or hold.kind in kinds]
 
     def cordon(self, reason: str) -> None:
         """Stop admission. Nobody gets notice. A later reason does not replace the first."""
@@ -293,12 +232,12 @@ class Gate:
         self._admitted += 1
         return hold
 
-    def _admit_child(self, parent: Hold, label: str) -> Hold:
+    def _admit_child(self, parent: Hold, kind: str, label: str) -> Hold:
         if parent not in self._holds:
             raise self._closed(f"{parent} was given back")
-        if self._run is not None and self._run.force is not None:
+        if self._run is not None and self._run.has_forced:
             raise self._closed("force has begun")
-        hold = self._admit(parent.kind, label)
+        hold = self._admit(kind, label)
         if self._run is not None:
             hold.notice._give()
         return hold
@@ -306,6 +245,7 @@ class Gate:
     def _released(self, hold: Hold) -> None:
         del self._holds[hold]
         self._changed.fire()
+        self._on_release()
 
     def _closed(self, reason: str) -> GateClosed:
         self._refused += 1
@@ -322,6 +262,7 @@ class Gate:
             await asyncio.shield(run.force)
             return
         force = run.force = asyncio.get_running_loop().create_future()
+        run.has_forced = True
         force.add_done_callback(_seen)
         # The bound is a net: every part of `_force_all` keeps its own, and none exceeds this one.
         bound_s = run.force_s + 2 * CANCEL_S

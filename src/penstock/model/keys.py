@@ -18,3 +18,8 @@ API_KEY: Final = "key/"  # + key id; labels: hash, team
 IDEMPOTENCY: Final = "idempotency/"  # + team/key; value: the sandbox id; under a lease
 DRAIN: Final = "drain/"  # + node/epoch (zero-padded): the report; + /sandbox: an outcome; labels: node
 EVENT: Final = "event/"  # + zero-padded time, room and number, so that keys sort by time; labels: subject
+
+
+def drain(node: str, epoch: int) -> str:
+    """The key of a drain's report. With a slash behind it, the prefix of its outcomes."""
+    return f"{DRAIN}{node}/{epoch:08d}"

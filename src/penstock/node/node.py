@@ -17,23 +17,26 @@ from penstock.core.breaker import Breaker
 from penstock.core.clock import Clock
 from penstock.core.crew import Crew
 from penstock.core.deadlines import DeadlinePassed, Pulse, within
-from penstock.core.gate import DrainPolicy, Gate
+from penstock.core.gate import Gate
 from penstock.feed.report import Reports
 from penstock.feed.source import Source
 from penstock.feed.view import View
 from penstock.model import keys
-from penstock.model.node import NodeStatus
-from penstock.model.sandbox import KillReason, Phase, SandboxSpec, SandboxStatus
+from penstock.model.drain import DrainOrder, DrainReport, Fate, Outcome
+from penstock.model.node import NodeSpec, NodeStatus
+from penstock.model.sandbox import Phase, SandboxSpec, SandboxStatus
 from penstock.model.template import Build
 from penstock.node.adopt import adopt
 from penstock.node.create import pooled_limits
+from penstock.node.drain import Drain
 from penstock.node.expiry import Expiry
+from penstock.node.facts import Machine, NodeStatistics, statistics
+from penstock.node.life import Explained
 from penstock.node.means import Means, NodeSettings
 from penstock.node.ports import Disk, Ports, Slot
 from penstock.node.reap import DISK_RECORD, SLOT_RECORD, Leak, Sweeper
 from penstock.node.report import Reporter
-from penstock.node.slots import Pool, PoolStatistics
-from penstock.node.supervisor import Explained
+from penstock.node.slots import Pool
 from penstock.node.sync import Sync
 from penstock.node.tally import Tally
 
@@ -46,36 +49,6 @@ class Closing(StrEnum):
     KEEP = "keep"  # they run on
     DRAIN = "drain"  # notice, then what is left after the grace is forced
     FORCE = "force"  # killed now
-
-
-class Machine(msgspec.Struct, frozen=True, kw_only=True):
-    """Facts of this machine, probed by `run`."""
-
-    boot_id: str
-    cpu_count: int = 0
-    memory_bytes: int = 0
-    isolation: tuple[str, ...] = ()
-
-
-class NodeStatistics(msgspec.Struct, frozen=True, kw_only=True):
-    """A snapshot; `run` publishes it as metrics. Durations in milliseconds, the newest last."""
-
-    sandboxes: dict[str, int]  # by phase
-    slots: PoolStatistics
-    disks: PoolStatistics
-    starts_running: int
-    starts_waiting: int
-    reports_waiting: int
-    ready_total: int
-    failed_total: int
-    refused_total: dict[str, int]  # by the error's code
-    ended_total: dict[str, int]  # by kill reason
-    steps_ms: dict[str, tuple[float, ...]]  # of the last creates, by step
-    released_ms: tuple[float, ...]  # of the last ends: order → everything verified gone
-    quarantined: int
-    swept_total: int
-    leaks: tuple[Leak, ...]  # what the last sweep could not remove
-    bugs: tuple[str, ...]  # supervisors that raised, the newest last
 
 
 class Node:
@@ -112,6 +85,7 @@ class Node:
         self.gate = Gate(f"node {settings.id}")
         self._builds: View[Build] = View(source, keys.BUILD, _decode_build)
         self._specs: View[SandboxSpec] = View(source, keys.SANDBOX_SPEC, _decode_spec)
+        self._node_specs: View[NodeSpec] = View(source, keys.NODE_SPEC, _decode_node_spec)
         self._reporter = Reporter(reports, crew=self._crew, rng=rng)
         self._sweeper = Sweeper(ports, step_within_s=settings.step_within_s)
         self._expiry = Expiry(clock, self._on_due)
@@ -120,6 +94,8 @@ class Node:
         self._failed: BaseException | None = None
         self._failure = asyncio.Event()
         self._started_at = 0.0
+        self._told: NodeStatus | None = None
+        self._drain_report: DrainReport | None = None
         self.leaks: tuple[Leak, ...] = ()
 
     # -- life --
@@ -144,17 +120,40 @@ class Node:
         self._sync = Sync(
             means=self._means, seen_at=lambda: self._specs.revision, before=before, on_bug=self._tally.bug
         )
+        self.drain = Drain(
+            self._means,
+            supervised=lambda: self._sync.supervisors,
+            tell=self._tell_drain,
+            tell_outcome=lambda epoch, outcome: self._reporter.say_outcome(self.settings.id, epoch, outcome),
+        )
         self._crew.spawn(self._expiry.run(), name="expiry")
         self._sync.take_up(adopt(self._means))
         await self._sweep()
         self._means.slots.open()
         self._means.disks.open()
         await self._builds.start(self._crew)
+        await self._follow_drains()  # before the first assignment: a draining node takes none
         self._specs.subscribe(self._sync.on_spec)
         await self._specs.start(self._crew)
         self._sync.bury(set(self._specs.ids()))
         self._crew.spawn(self._sweep_now_and_then(), name="sweep")
         self._crew.spawn(self._tell_of_itself(), name="node status")
+
+    async def _follow_drains(self) -> None:
+        def on_spec(node: str, spec: NodeSpec | None) -> None:
+            if node == self.settings.id:
+                self.drain.on_spec(spec)
+
+        self._node_specs.subscribe(on_spec)
+        await self._node_specs.start(self._crew)
+        spec = self._node_specs.get(self.settings.id)
+        listing = await self._source.list(keys.NODE_STATUS + self.settings.id)
+        for record in listing.records:
+            self._drain_report = self._drain_report or _decode_node_status(record.value).drain
+        if spec is not None and spec.drain is not None:
+            told = await self._source.list(keys.drain(spec.id, spec.epoch) + "/")
+            self.drain.remember([_decode_outcome(record.value) for record in told.records])
+        self._crew.spawn(self.drain.run(), name="drain")
 
     async def run(self) -> None:
         """Until cancelled; raises when a part of the node itself (not a sandbox) failed: the daemon should restart."""
@@ -162,26 +161,28 @@ class Node:
         assert self._failed is not None
         raise self._failed
 
-    async def close(self, closing: Closing, *, within_s: float = 30.0) -> None:
-        """Stop as told. `within_s` bounds a drain's grace; forcing and releasing add bounds of their own.
+    async def close(self, closing: Closing, *, within_s: float | None = 30.0) -> tuple[Outcome, ...]:
+        """Stop as told. `within_s` bounds a drain until force (None: as long as it takes); force has its own bound.
 
         KEEP waits for starts and kills under way (`close_within_s`), then leaves. DRAIN and FORCE end every sandbox,
         then remove pools and router; what cannot be verified gone stays recorded for the next open. Idempotent.
+        Returns what was forced or could not be verified gone.
         """
         self._sync.close()
         self.gate.cordon("the node stops")
+        forced: tuple[Outcome, ...] = ()
         try:
             if closing is Closing.KEEP:
                 await self._settle()
             else:
-                await self._empty(closing, within_s)
+                forced = await self._empty(closing, within_s)
         finally:
             await self._leave(closing)
+        return forced
 
-    def force(self, because: str) -> None:
-        """End every sandbox now: turns a drain under way into force. Returns at once; `close` waits for the end."""
-        for supervisor in list(self._sync.supervisors.values()):
-            supervisor.kill(KillReason.NODE_SHUTDOWN, because)
+    def force(self) -> None:
+        """End every sandbox now: turns a stop under way into force. Returns at once; `close` waits for the end."""
+        self.drain.force()
 
     def living(self) -> list[SandboxSpec]:
         """Specs of the sandboxes that serve here now, as far as their specs were seen."""
@@ -194,28 +195,12 @@ class Node:
         return self._means.disks.name(numbers[0]) if numbers else sandbox
 
     def statistics(self) -> NodeStatistics:
-        means, tally = self._means, self._tally
-        phases: dict[str, int] = {}
-        for supervisor in self._sync.supervisors.values():
-            phases[supervisor.phase.value] = phases.get(supervisor.phase.value, 0) + 1
-        starts = means.starts.statistics()
-        return NodeStatistics(
-            sandboxes=phases,
-            slots=means.slots.statistics(),
-            disks=means.disks.statistics(),
-            starts_running=starts.running,
-            starts_waiting=starts.waiting,
+        return statistics(
+            self._means,
+            self._sync.supervisors.values(),
             reports_waiting=self._reporter.waiting,
-            ready_total=tally.ready_total,
-            failed_total=tally.failed_total,
-            refused_total=dict(tally.refused_total),
-            ended_total=dict(tally.ended_total),
-            steps_ms={step: tuple(last) for step, last in tally.steps_ms.items()},
-            released_ms=tuple(tally.released_ms),
-            quarantined=phases.get(Phase.QUARANTINED.value, 0),
             swept_total=self._sweeper.removed_total,
             leaks=self.leaks,
-            bugs=tuple(tally.bugs),
         )
 
     def explain(self, sandbox: str) -> Explained | None:
@@ -305,23 +290,32 @@ class Node:
         return record in self._sync.supervisors or any(pool.owns(record) for pool in pools)
 
     async def _tell_of_itself(self) -> None:
-        told: NodeStatus | None = None
         while True:
-            status = NodeStatus(
-                id=self.settings.id,
-                boot_id=self.machine.boot_id,
-                started_at=self._started_at,
-                installation=self.settings.installation,
-                sandboxes=len(self._sync.supervisors),
-                sandboxes_max=self.settings.slot_count,
-                cpu_count=self.machine.cpu_count,
-                memory_bytes=self.machine.memory_bytes,
-                isolation=self.machine.isolation,
-            )
-            if status != told:
-                self._reporter.say_node(status)
-                told = status
+            self._tell_status()
             await asyncio.sleep(STATUS_EVERY_S)
+
+    def _tell_status(self) -> None:
+        status = NodeStatus(
+            id=self.settings.id,
+            boot_id=self.machine.boot_id,
+            started_at=self._started_at,
+            installation=self.settings.installation,
+            sandboxes=len(self._sync.supervisors),
+            sandboxes_max=self.settings.slot_count,
+            starting=len(self.gate.held("start")),
+            cpu_count=self.machine.cpu_count,
+            memory_bytes=self.machine.memory_bytes,
+            isolation=self.machine.isolation,
+            drain=self._drain_report,
+        )
+        if status != self._told:
+            self._reporter.say_node(status)
+            self._told = status
+
+    def _tell_drain(self, report: DrainReport) -> None:
+        self._drain_report = report
+        self._reporter.say_drain(report)
+        self._tell_status()
 
     # -- closing --
 
@@ -336,15 +330,19 @@ class Node:
         except DeadlinePassed:
             pass  # Safe: what is half made or half gone is recorded, and the next open undoes or finishes it.
 
-    async def _empty(self, closing: Closing, within_s: float) -> None:
+    async def _empty(self, closing: Closing, within_s: float | None) -> tuple[Outcome, ...]:
         """End every sandbox; returns when each is verified gone, or in quarantine past its bound."""
-        for supervisor in list(self._sync.supervisors.values()):
-            if closing is Closing.FORCE or supervisor.phase not in (Phase.READY, Phase.PAUSED):
-                supervisor.kill(KillReason.NODE_SHUTDOWN, "the node stops")
-            else:
-                supervisor.evict()
-        grace_s = 0.0 if closing is Closing.FORCE else within_s
-        await self.gate.drain(DrainPolicy(grace_s=grace_s, force_s=self.settings.unwind_within_s))
+        now = self._clock.wall()
+        order = DrainOrder(
+            at=now,
+            reason="the node stops",
+            soft_at=None if within_s is None else now,
+            hard_at=None if within_s is None else now + within_s,
+            force_number=1 if closing is Closing.FORCE else 0,
+        )
+        self.drain.stop(order)
+        await self.drain.ended()
+        return tuple(each for each in self.drain.outcomes if each.fate in (Fate.FORCE, Fate.QUARANTINE))
 
     async def _leave(self, closing: Closing) -> None:
         """Give everything of this process back, even when one part fails; then raise what failed."""
@@ -371,4 +369,7 @@ class Node:
 
 _decode_spec: Final = msgspec.json.Decoder(SandboxSpec).decode
 _decode_status: Final = msgspec.json.Decoder(SandboxStatus).decode
+_decode_node_spec: Final = msgspec.json.Decoder(NodeSpec).decode
+_decode_node_status: Final = msgspec.json.Decoder(NodeStatus).decode
+_decode_outcome: Final = msgspec.json.Decoder(Outcome).decode
 _decode_build: Final = msgspec.json.Decoder(Build).decode

@@ -17,12 +17,15 @@ from penstock.core.crew import Crew, CrewClosed
 from penstock.core.deadlines import Pulse, backoff_s, within
 from penstock.feed.report import Reports
 from penstock.model import keys
+from penstock.model.drain import DrainReport, Outcome
+from penstock.model.ids import NodeId
 from penstock.model.node import NodeStatus
 from penstock.model.sandbox import SandboxStatus
 
 PUT_WITHIN_S: Final = 10.0
 RETRY_BASE_S: Final = 0.05
 RETRY_CAP_S: Final = 5.0
+
 
 _encode = msgspec.json.Encoder().encode
 
@@ -42,6 +45,13 @@ class Reporter:
 
     def say_node(self, status: NodeStatus) -> None:
         self._put(keys.NODE_STATUS + status.id, _encode(status), {})
+
+    def say_drain(self, report: DrainReport) -> None:
+        """The head of a drain's receipt."""
+        self._put(keys.drain(report.node, report.epoch), _encode(report), {"node": report.node})
+
+    def say_outcome(self, node: NodeId, epoch: int, outcome: Outcome) -> None:
+        self._put(f"{keys.drain(node, epoch)}/{outcome.sandbox}", _encode(outcome), {"node": node})
 
     async def flush(self, within_s: float) -> None:
         """Wait until everything said was taken by the store. Raises DeadlinePassed."""

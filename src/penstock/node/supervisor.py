@@ -7,7 +7,6 @@ are synchronous, so they never wait for each other. Phases change by `machine.fi
 from __future__ import annotations
 
 import asyncio
-import signal
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Final
 
@@ -15,10 +14,11 @@ import msgspec
 
 from penstock.core.breaker import BreakerFull
 from penstock.core.deadlines import backoff_s, within
-from penstock.core.gate import Gate, GateClosed, Hold
+from penstock.core.gate import GateClosed
+from penstock.core.hold import Hold
 from penstock.core.ledger import Ledger
 from penstock.core.machine import Machine
-from penstock.model.ids import SandboxId
+from penstock.model.drain import Disposition, Fate, Step
 from penstock.model.sandbox import (
     TERMINAL,
     TRANSITIONS,
@@ -29,38 +29,21 @@ from penstock.model.sandbox import (
     SandboxSpec,
     SandboxStatus,
 )
+from penstock.node.climb import Climb, Eviction
 from penstock.node.create import Steps, create
 from penstock.node.evict import LABELS, Undo, cgroup_name
+from penstock.node.life import Explained, Order, status_of_record, status_of_spec
 from penstock.node.means import Means
 from penstock.node.ports import Process
 from penstock.node.record import Due, LedgerBook, Moved, Remembered, SandboxRecord
+from penstock.node.serve import SERVING, serve
 from penstock.node.verdict import Verdict, look
 
-_SERVING: Final = frozenset({Phase.READY, Phase.PAUSED, Phase.DRAINING})
 _STARTING: Final = frozenset({Phase.BOUND, Phase.CREATING, Phase.STARTING})
 RETRY_BASE_S: Final = 0.25
 RETRY_CAP_S: Final = 30.0
 HASTEN_EVERY_S: Final = 0.2
 UNDO_MARGIN_S: Final = 0.5  # so that the port's own deadline, which names its step, passes first
-
-
-class Order(msgspec.Struct, frozen=True):
-    """Why a sandbox must end."""
-
-    reason: KillReason
-    because: str
-
-
-class Explained(msgspec.Struct, frozen=True, kw_only=True):
-    """A snapshot for `penstock why`, the page and tests."""
-
-    id: SandboxId
-    phase: Phase
-    because: str
-    holds: tuple[str, ...]  # ledger labels, oldest first
-    end_at: float
-    release_attempts: int
-    released_ms: float  # from the order to end until everything was verified gone; 0 while it lives
 
 
 class Supervisor:
@@ -73,42 +56,33 @@ class Supervisor:
         self.id = status.id
         self.end_at = end_at
         self.machine: Machine[Phase, Event] = Machine(TRANSITIONS, status.phase, name=f"sandbox {status.id}")
-        self.gate = Gate(f"sandbox {status.id}")  # of its execs and streams, as far as this process relays any
+        self.climb = Climb(Step.TERM if status.phase is Phase.DRAINING else None)
         self.steps_ms: dict[str, float] = {}
         self.released_ms = 0.0
-        self._means = means
+        self.means = means
         self._status = status
         self._remembered = remembered
-        self._record = SandboxRecord(means.ports.files, status.id)
+        self.record = SandboxRecord(means.ports.files, status.id)
         self._undo = Undo(status.id, means)
-        self._ledger = Ledger(status.id, LedgerBook(self._record), undo_s=means.settings.step_within_s + UNDO_MARGIN_S)
-        self._spec: SandboxSpec | None = None
-        self._seen_revision = status.spec_revision  # of `_spec`; the status has the one whose rules are in force
-        self._rules: EgressRules | None = None  # in force; None: not known, so apply the wanted ones
-        self._process: Process | None = None
-        self._order: Order | None = None
-        self._ordered_at = 0.0  # monotonic
-        self._evicting = False
-        self._died = False
-        self._poked = asyncio.Event()
+        self._ledger = Ledger(status.id, LedgerBook(self.record), undo_s=means.settings.step_within_s + UNDO_MARGIN_S)
+        self.spec: SandboxSpec | None = None
+        self.seen_revision = status.spec_revision  # of `spec`; the status has the one whose rules are in force
+        self.rules: EgressRules | None = None  # in force; None: not known, so apply the wanted ones
+        self.process: Process | None = None
+        self.order: Order | None = None
+        self.ordered_at = 0.0  # monotonic
+        self.died = False
+        self.poked = asyncio.Event()
         self._starting: asyncio.Task[None] | None = None
         self._fault: Exception | None = None
         self._refusal: Exception | None = None
-        self._attempts = 0
+        self.attempts = 0
 
     @classmethod
     def of_spec(cls, spec: SandboxSpec, revision: int, means: Means) -> Supervisor:
         """For a sandbox that control bound to this node, of which nothing exists yet."""
-        status = SandboxStatus(
-            id=spec.id,
-            phase=Phase.BOUND,
-            node=means.settings.id,
-            team=spec.team,
-            boot_id=means.boot_id,
-            spec_revision=revision,
-        )
-        self = cls(status, end_at=spec.end_at, means=means, remembered=None)
-        self._spec = spec
+        self = cls(status_of_spec(spec, revision, means), end_at=spec.end_at, means=means, remembered=None)
+        self.spec = spec
         means.expiry.watch(spec.id, spec.end_at)
         return self
 
@@ -116,27 +90,7 @@ class Supervisor:
     def of_record(cls, remembered: Remembered, verdict: Verdict, means: Means) -> Supervisor:
         """For a sandbox that an earlier daemon began. Its ledger's labels come from the record."""
         born, pid = remembered.born, remembered.pid
-        status = SandboxStatus(
-            id=born.id,
-            phase=remembered.phase,
-            node=means.settings.id,
-            team=born.team,
-            because=remembered.because,
-            kill_reason=remembered.kill_reason,
-            boot_id=born.boot_id,
-        )
-        if pid is not None:
-            status = msgspec.structs.replace(
-                status,
-                pid=pid.pid,
-                start_ticks=pid.start_ticks,
-                slot=pid.slot,
-                address=pid.address,
-                guest_socket=f"{pid.run_dir}/guest.sock",
-                started_at=pid.started_at,
-                steps_ms=pid.steps_ms,
-            )
-        self = cls(status, end_at=remembered.end_at, means=means, remembered=remembered)
+        self = cls(status_of_record(remembered, means), end_at=remembered.end_at, means=means, remembered=remembered)
         if pid is not None and born.boot_id == means.boot_id:
             self._undo.identity = (pid.pid, pid.start_ticks)
         self._ledger.adopt(
@@ -156,44 +110,80 @@ class Supervisor:
 
     @property
     def serving(self) -> bool:
-        return self.phase in _SERVING
+        return self.phase in SERVING
+
+    @property
+    def on_drain(self) -> Disposition | None:
+        """What its creator or its template says of drains; None: nothing, or its spec was not seen yet."""
+        return self.spec.on_drain if self.spec is not None else None
+
+    @property
+    def may_park(self) -> bool:
+        """Whether a drain may pause it to disk."""
+        return False
+
+    @property
+    def fate(self) -> Fate:
+        """What became of it, as a drain sees it. Meaningful once it has ended or is in quarantine."""
+        return self.climb.fate(
+            forced=self.order is not None and self.order.reason is KillReason.NODE_SHUTDOWN,
+            parked=False,
+            quarantined=self.phase is Phase.QUARANTINED,
+        )
 
     @property
     def settled(self) -> bool:
         """Nothing is under way: a stopping daemon may leave it as it is."""
-        return self.phase in _SERVING or self.phase in (Phase.UNKNOWN, Phase.QUARANTINED, *TERMINAL)
+        return self.phase in SERVING or self.phase in (Phase.UNKNOWN, Phase.QUARANTINED, *TERMINAL)
 
     # -- pokes: synchronous, from anywhere on the loop --
 
     def update(self, spec: SandboxSpec, revision: int) -> None:
         """The spec as it now stands in the store, and the revision at which it was seen."""
-        self._spec = spec
+        self.spec = spec
         if spec.end_at != self.end_at:
             self.end_at = spec.end_at
             if self.phase is not Phase.BOUND:  # its record begins when it is accepted
-                self._record.note(Due(end_at=spec.end_at))
-            self._means.expiry.watch(self.id, spec.end_at)
-        self._seen_revision = revision
+                self.record.note(Due(end_at=spec.end_at))
+            self.means.expiry.watch(self.id, spec.end_at)
+        self.seen_revision = revision
         if spec.stop is not None:
             self.kill(spec.stop.reason, f"stopped by {spec.stop.by}")
-        self._poked.set()
+        self.poked.set()
 
     def kill(self, reason: KillReason, because: str) -> None:
         """End it, from any state. The first reason stays."""
-        if self._order is not None or self.phase in TERMINAL:
+        if self.order is not None or self.phase in TERMINAL:
             return
-        self._order = Order(reason, because)
-        self._ordered_at = self._means.clock.monotonic()
+        self.order = Order(reason, because)
+        self.ordered_at = self.means.clock.monotonic()
         if self._starting is not None and not self._starting.done():
             self._starting.cancel()
             if self.phase is Phase.STARTING:
-                self._means.crew.spawn(self._hasten(), name=f"{self.id} hasten")
-        self._poked.set()
+                self.means.crew.spawn(self._hasten(), name=f"{self.id} hasten")
+        self.poked.set()
 
-    def evict(self) -> None:
-        """Notice: pid 1 gets SIGTERM and may end by itself. Whoever drains the node's gate forces what is left."""
-        self._evicting = True
-        self._poked.set()
+    def evict(self, eviction: Eviction) -> None:
+        """Climb the ladder of a drain. Whoever drains the node forces what is left at the hard deadline."""
+        if self.climb.begin(eviction):
+            self.poked.set()
+
+    def spare(self) -> bool:
+        """The drain was undone. False when it was asked to end already, and will."""
+        spared = self.climb.end()
+        self.poked.set()
+        return spared
+
+    def turn_away(self, why: Exception) -> None:
+        """A start that still waits for its turn is refused, so that it is placed elsewhere. Otherwise a no-op."""
+        if self.phase is Phase.BOUND and self._refusal is None and self.order is None:
+            self._refusal = why
+            if self._starting is not None:
+                self._starting.cancel()
+
+    def retry(self) -> None:
+        """Try the release of a quarantined sandbox now, whatever its back-off says."""
+        self.poked.set()
 
     def explain(self) -> Explained:
         return Explained(
@@ -202,75 +192,91 @@ class Supervisor:
             because=self._status.because,
             holds=tuple(self._ledger.labels()),
             end_at=self.end_at,
-            release_attempts=self._attempts,
+            release_attempts=self.attempts,
             released_ms=self.released_ms,
         )
 
     # -- the life --
 
     async def run(self) -> None:
-        """Until it has ended, or was refused. If cancelled (the daemon stops), everything stays as recorded."""
-        try:
-            with self._means.gate.hold("sandbox", self.id) as hold:
-                hold.on_force(lambda: self.kill(KillReason.NODE_SHUTDOWN, "the node stops"))
-                await self._live(hold)
-        except GateClosed as closed:
-            self._refuse(closed)
+        """Until it has ended, or was refused. If cancelled (the daemon stops), everything stays as recorded.
+
+        A start holds the node's gate, and the life that follows takes its own hold before the start gives its back:
+        a drain never sees a moment with neither.
+        """
+        gate = self.means.gate
+        if self.phase is not Phase.BOUND:
+            hold = gate.readmit("sandbox", self.id)
+        else:
+            try:
+                start = gate.hold("start", self.id)
+            except GateClosed as closed:
+                self._refuse(closed)
+                return
+            with start:
+                start.on_force(self._force)
+                if not await self._start():
+                    return
+                hold = gate.readmit("sandbox", self.id)
+        with hold:
+            hold.on_force(self._force)
+            await self._live(hold)
+
+    def _force(self) -> None:
+        self.kill(KillReason.NODE_SHUTDOWN, self.means.gate.cordoned or "the node stops")
 
     async def _live(self, hold: Hold) -> None:
-        if self.phase is Phase.BOUND and not await self._start():
-            return
         while self.phase is Phase.UNKNOWN:
             await self._doubt()
-        if self.phase in _SERVING:
-            await self._serve()
-        await self._finish()
+        if self.phase in SERVING:
+            await serve(self)
+        await self._finish(hold)
 
     async def _start(self) -> bool:
         """From BOUND to READY or UNWINDING. False when it ended without having taken anything."""
-        self._starting = self._means.crew.spawn(self._create(), name=f"{self.id} start")
+        self._starting = self.means.crew.spawn(self._create(), name=f"{self.id} start")
         try:
             await self._starting
         except asyncio.CancelledError:
-            if self._order is None:
+            if self.order is None and self._refusal is None:
                 raise
         if self._refusal is not None:
             self._refuse(self._refusal)
             return False
-        if self.phase is Phase.BOUND and self._order is not None:
-            self._fire(Event.CANCEL, self._order.because, self._order.reason)
+        if self.phase is Phase.BOUND and self.order is not None:
+            self.fire(Event.CANCEL, self.order.because, self.order.reason)
             return False
         if self.phase is Phase.BOUND and self._fault is None:
             return False
         if self.phase is not Phase.READY:
-            why = self._order.because if self._order is not None else str(self._fault)
-            reason = self._order.reason if self._order is not None else KillReason.START_FAILED
-            self._fire(Event.FAULT, why, reason)
+            why = self.order.because if self.order is not None else str(self._fault)
+            reason = self.order.reason if self.order is not None else KillReason.START_FAILED
+            self.fire(Event.FAULT, why, reason)
         return True
 
     async def _create(self) -> None:
         """Wait for a turn, accept, create. Failures are kept for `_start` to judge; only cancellation goes out."""
-        means, spec = self._means, self._spec
+        means, spec = self.means, self.spec
         assert spec is not None
         try:
             async with means.starts.enter(self.id, within_s=means.settings.start_queue_s):
                 if means.gate.cordoned is not None:
                     return  # nothing was taken or said: it stays bound, and the next daemon starts it
-                self._record.begin(spec, boot_id=means.boot_id, now=means.clock.wall())
+                self.record.begin(spec, boot_id=means.boot_id, now=means.clock.wall())
                 if self.end_at != spec.end_at:
-                    self._record.note(Due(end_at=self.end_at))
-                self._fire(Event.ACCEPT)
+                    self.record.note(Due(end_at=self.end_at))
+                self.fire(Event.ACCEPT)
                 steps = Steps(means)
                 self.steps_ms = steps.ms
-                self._rules = spec.egress
+                self.rules = spec.egress
                 created = await create(
                     spec,
                     means=means,
                     ledger=self._ledger,
-                    record=self._record,
+                    record=self.record,
                     undo=self._undo,
                     steps=steps,
-                    on_launch=lambda: self._fire(Event.STARTED),
+                    on_launch=lambda: self.fire(Event.STARTED),
                 )
         except BreakerFull as full:
             self._refusal = full
@@ -288,86 +294,55 @@ class Supervisor:
                 started_at=created.started_at,
                 steps_ms=dict(created.steps_ms),
             )
-            self._fire(Event.GUEST_HELLO)
+            self.fire(Event.GUEST_HELLO)
             means.tally.ready(created.steps_ms)
-
-    async def _serve(self) -> None:
-        """From READY until something ends it. Control, the API and the store may all be away meanwhile."""
-        while self.phase in _SERVING:
-            await self._poked.wait()
-            self._poked.clear()
-            if self._died and self._order is None:
-                self._fire(Event.DIED, "its first process ended", KillReason.CRASHED)
-            elif self._order is not None:
-                self._fire(Event.KILL, self._order.because, self._order.reason)
-            elif self._evicting and self.phase is not Phase.DRAINING:
-                self._fire(Event.EVICT, "the node drains")
-                if self._process is not None:
-                    self._process.signal(signal.SIGTERM)
-            else:
-                await self._conform()
-
-    async def _conform(self) -> None:
-        """Put the spec's egress rules in force, then say which spec revision is."""
-        spec = self._spec
-        if spec is None:
-            return
-        revision = self._seen_revision  # of `spec`, read together: both may move on while the rules are applied
-        if spec.egress != self._rules and self._status.slot >= 0:
-            try:
-                async with within(self._means.settings.step_within_s, f"egress rules of {self.id}"):
-                    await self._means.ports.network.apply(self._status.slot, spec.egress)
-            except Exception:
-                # Safe: `spec_revision` is not reported, so nobody believes the rules are in force; we come again.
-                self._rules = None
-                self._means.crew.spawn(self._poke_later(), name=f"{self.id} egress retry")
-                return
-            self._rules = spec.egress
-            self._attempts = 0
-        self._report(spec_revision=revision)
-
-    async def _poke_later(self) -> None:
-        self._attempts += 1
-        await asyncio.sleep(self._pause_s())
-        self._poked.set()
 
     async def _doubt(self) -> None:
         """Look again, each time later. Doubt itself never kills; an order to end does."""
-        self._attempts += 1
+        self.attempts += 1
         try:
-            async with within(self._pause_s(), f"news of {self.id}"):
-                await self._poked.wait()
+            async with within(self.pause_s(), f"news of {self.id}"):
+                await self.poked.wait()
         except TimeoutError:
             pass
-        self._poked.clear()
-        if self._order is not None:
-            self._fire(Event.KILL, self._order.because, self._order.reason)
+        self.poked.clear()
+        if self.order is not None:
+            self.fire(Event.KILL, self.order.because, self.order.reason)
         elif self._remembered is not None:
-            self._judge(look(self._remembered, self._means.ports, self._means.boot_id))
+            self._judge(look(self._remembered, self.means.ports, self.means.boot_id))
 
-    async def _finish(self) -> None:
-        """Release everything, verified, however long it takes; then unlink the record and say so."""
-        self._means.expiry.forget(self.id)
-        self._record.note(Moved(phase=self.phase, because=self._status.because, kill_reason=self._status.kill_reason))
-        begun = self._ordered_at or self._means.clock.monotonic()
-        self._attempts = 0
-        while not await self._release():  # noqa: ASYNC110 - the kernel tells nobody that EBUSY is over
-            await asyncio.sleep(self._pause_s())
-        self.released_ms = (self._means.clock.monotonic() - begun) * 1000
+    async def _finish(self, hold: Hold) -> None:
+        """Release everything, verified, however long it takes; then unlink the record and say so.
+
+        A sandbox in quarantine does not hold the gate: a drain ends without it, and says so.
+        """
+        self.means.expiry.forget(self.id)
+        self.record.note(Moved(phase=self.phase, because=self._status.because, kill_reason=self._status.kill_reason))
+        begun = self.ordered_at or self.means.clock.monotonic()
+        self.attempts = 0
+        while not await self._release():
+            hold.release()
+            self.poked.clear()
+            try:
+                async with within(self.pause_s(), f"the next release of {self.id}"):
+                    await self.poked.wait()  # the kernel tells nobody that EBUSY is over, but an operator may
+            except TimeoutError:
+                pass
+        self.released_ms = (self.means.clock.monotonic() - begun) * 1000
         done = {Phase.UNWINDING: Event.CLEAN, Phase.STOPPING: Event.GONE, Phase.QUARANTINED: Event.REAPED}
         failed = self.phase is Phase.UNWINDING
-        self._fire(done[self.phase])
-        self._means.tally.ended(self._status.kill_reason, failed=failed, released_ms=self.released_ms)
+        self.fire(done[self.phase])
+        self.means.tally.ended(self._status.kill_reason, failed=failed, released_ms=self.released_ms)
 
     async def _release(self) -> bool:
         """One way down the ladder. False: something could not be verified gone, and pins what lies beneath it."""
         try:
-            await self._ledger.unwind(self._means.settings.unwind_within_s)
-            self._record.remove()
+            await self._ledger.unwind(self.means.settings.unwind_within_s)
+            self.record.remove()
         except Exception as error:
-            self._attempts += 1
+            self.attempts += 1
             if self.phase is not Phase.QUARANTINED:
-                self._fire(Event.PINNED, f"release failed: {_innermost(error)}")
+                self.fire(Event.PINNED, f"release failed: {_innermost(error)}")
             return False
         return True
 
@@ -378,22 +353,22 @@ class Supervisor:
         phase = self.phase
         if phase in (Phase.STOPPING, Phase.UNWINDING, Phase.QUARANTINED):
             self._hold(verdict.process)
-            self._report()
+            self.report()
         elif phase in _STARTING:
-            self._fire(Event.FAULT, "the daemon ended during its start", verdict.reason or KillReason.START_FAILED)
+            self.fire(Event.FAULT, "the daemon ended during its start", verdict.reason or KillReason.START_FAILED)
         elif verdict.process is not None and verdict.slot is not None:
             if phase is Phase.UNKNOWN:
-                self._fire(Event.FOUND_READY, "found again")
+                self.fire(Event.FOUND_READY, "found again")
             else:
-                self._report()
+                self.report()
             self._take_over(verdict.process)
         elif verdict.gone:
             event = Event.FOUND_GONE if phase is Phase.UNKNOWN else Event.DIED
-            self._fire(event, verdict.because, verdict.reason or KillReason.CRASHED)
+            self.fire(event, verdict.because, verdict.reason or KillReason.CRASHED)
         else:
             self._hold(verdict.process)
             if phase is not Phase.UNKNOWN:
-                self._fire(Event.DOUBT, verdict.because)
+                self.fire(Event.DOUBT, verdict.because)
 
     def _hold(self, process: Process | None) -> None:
         """Keep a handle for the release, and only one: each is a descriptor."""
@@ -403,36 +378,36 @@ class Supervisor:
 
     def _take_over(self, process: Process) -> None:
         self._hold(process)
-        self._process = process
-        self._means.crew.spawn(self._watch(process), name=f"{self.id} pid 1")
+        self.process = process
+        self.means.crew.spawn(self._watch(process), name=f"{self.id} pid 1")
 
     async def _watch(self, process: Process) -> None:
         await process.wait()
-        self._died = True
-        self._poked.set()
+        self.died = True
+        self.poked.set()
 
     async def _hasten(self) -> None:
         """A killed start must not wait for a deaf guest: kill what the launch made, until the launch gives up."""
         while self.phase is Phase.STARTING and self._starting is not None and not self._starting.done():
             try:
-                await self._means.ports.cgroups.kill(cgroup_name(self.id), within_s=self._means.settings.step_within_s)
+                await self.means.ports.cgroups.kill(cgroup_name(self.id), within_s=self.means.settings.step_within_s)
             except Exception:  # noqa: S110
                 pass  # Safe: the release that follows kills again and verifies.
             await asyncio.sleep(HASTEN_EVERY_S)
 
     def _refuse(self, why: Exception) -> None:
         if self.phase is Phase.BOUND:
-            self._means.expiry.forget(self.id)
-            self._means.tally.refused(why)
-            self._fire(Event.REFUSE, f"refused: {why}")
+            self.means.expiry.forget(self.id)
+            self.means.tally.refused(why)
+            self.fire(Event.REFUSE, f"refused: {why}")
 
     def _way_back(self, label: str) -> Callable[[Mapping[str, str]], Awaitable[None]]:
         return lambda _: self._undo.of(label)
 
-    def _pause_s(self) -> float:
-        return backoff_s(max(1, self._attempts), base_s=RETRY_BASE_S, cap_s=RETRY_CAP_S, rng=self._means.rng)
+    def pause_s(self) -> float:
+        return backoff_s(max(1, self.attempts), base_s=RETRY_BASE_S, cap_s=RETRY_CAP_S, rng=self.means.rng)
 
-    def _fire(self, event: Event, because: str = "", reason: KillReason | None = None) -> None:
+    def fire(self, event: Event, because: str = "", reason: KillReason | None = None) -> None:
         self.machine.fire(event)
         changes: dict[str, object] = {}
         if because:
@@ -440,13 +415,14 @@ class Supervisor:
         if reason is not None:
             changes["kill_reason"] = reason
         if self.phase in TERMINAL:
-            changes["stopped_at"] = self._means.clock.wall()
-        self._report(**changes)
-        self._means.changed.fire()
+            changes["stopped_at"] = self.means.clock.wall()
+        self.report(**changes)
+        self.means.tally.phase_changes_total += 1
+        self.means.changed.fire()
 
-    def _report(self, **changes: object) -> None:
+    def report(self, **changes: object) -> None:
         self._status = msgspec.structs.replace(self._status, phase=self.phase, **changes)
-        self._means.reporter.say(self._status)
+        self.means.reporter.say(self._status)
 
 
 def _innermost(error: BaseException) -> str:

@@ -16,7 +16,7 @@ class Tally:
     """Counters only grow; series keep the last SAMPLES_MAX. Durations in milliseconds."""
 
     def __init__(self) -> None:
-        self.ready_total = self.failed_total = 0
+        self.ready_total = self.failed_total = self.phase_changes_total = 0
         self.refused_total: Counter[str] = Counter()  # by the error's code
         self.ended_total: Counter[str] = Counter()  # by kill reason
         self.steps_ms: dict[str, deque[float]] = {}  # of creates that became ready, by step

@@ -35,8 +35,9 @@ from penstock.model.ids import NodeId
 from penstock.model.sandbox import Isolation, SandboxSpec, SandboxStatus
 from penstock.model.team import ApiKey, Team, TeamLimits
 from penstock.model.template import Build, Template
+from penstock.node.facts import Machine
 from penstock.node.means import NodeSettings
-from penstock.node.node import Closing, Machine, Node
+from penstock.node.node import Closing, Node
 from penstock.node.samples import Samples
 from penstock.run import children, furnish, metrics
 from penstock.run.datafolder import DataFolder
@@ -73,6 +74,7 @@ class Daemon:
         self._rng = random.SystemRandom()
         self._registry = CollectorRegistry()
         self._crew = Crew("daemon", on_error=self._part_failed)
+        self._forced: list[str] = []
         self._keepers: list[asyncio.Task[None]] = []
         self._closers: list[tuple[str, Callable[[OnStop], Awaitable[None]]]] = []
 
@@ -148,12 +150,12 @@ class Daemon:
                 errors.append(error)
         if errors:
             raise ExceptionGroup("the daemon did not close cleanly", errors)
-        return []
+        return self._forced
 
     def escalate(self) -> None:
         """Turn a drain under way into force. A no-op otherwise."""
         if self._node is not None:
-            self._node.force("the operator asked again")
+            self._node.force()
 
     @property
     def failure(self) -> BaseException | None:
@@ -187,7 +189,7 @@ class Daemon:
             token_seed=self.folder.seed,
         )
         await node.open()
-        self._closes("node", lambda on_stop: node.close(Closing(on_stop.value), within_s=settings.drain_s))
+        self._closes("node", self._close_node)
         self._crew.spawn(self._watch("node", node.run()), name="node")
         metrics.NodeCollector(self._registry, node.statistics)
         self._crew.spawn(metrics.measure_lag(self._registry), name="loop lag")
@@ -306,6 +308,11 @@ class Daemon:
         if on_stop is not OnStop.KEEP and self._ingress is not None:
             await asyncio.to_thread(children.end, self._ingress, term_s=CLOSER_S)
             self.folder.ingress_file.unlink(missing_ok=True)
+
+    async def _close_node(self, on_stop: OnStop) -> None:
+        assert self._node is not None
+        outcomes = await self._node.close(Closing(on_stop.value), within_s=self.settings.drain_s or None)
+        self._forced += [f"{each.sandbox}: {each.fate.value}: {each.because}" for each in outcomes]
 
     async def _close_edges(self, on_stop: OnStop) -> None:
         await self._edges.close(destroy=on_stop is not OnStop.KEEP)

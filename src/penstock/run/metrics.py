@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from penstock.node.node import NodeStatistics
+from penstock.node.facts import NodeStatistics
 
 LAG_EVERY_S: Final = 0.25
 

@@ -15,8 +15,9 @@ from penstock.model import keys
 from penstock.model.ids import TemplateId
 from penstock.model.records import Batch
 from penstock.model.template import Build, Layer
+from penstock.node.facts import Machine
 from penstock.node.means import NodeSettings
-from penstock.node.node import Closing, Machine, Node
+from penstock.node.node import Closing, Node
 from penstock.node.samples import Samples
 from penstock.sim.machinery import Life
 from penstock.sim.workload import BUILD

@@ -7,7 +7,8 @@ import pytest
 
 from penstock.core.crew import Crew
 from penstock.core.deadlines import within
-from penstock.core.gate import DrainAbandoned, DrainPolicy, DrainResult, Gate, GateClosed, Hold, StillHeld
+from penstock.core.gate import DrainAbandoned, DrainPolicy, DrainResult, Gate, GateClosed, StillHeld
+from penstock.core.hold import Hold
 
 from .virtual import virtual
 

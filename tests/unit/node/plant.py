@@ -25,8 +25,9 @@ from penstock.model.sandbox import (
     StopOrder,
 )
 from penstock.model.template import Build, Layer
+from penstock.node.facts import Machine
 from penstock.node.means import NodeSettings
-from penstock.node.node import Closing, Machine, Node
+from penstock.node.node import Closing, Node
 from penstock.sim import loop as virtual
 from penstock.sim.faults import Faults, Rates
 from penstock.sim.guests import Guest, Manner, Nursery

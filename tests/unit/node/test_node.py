@@ -83,7 +83,7 @@ def test_a_drain_can_be_turned_into_force() -> None:
         closing = plant.crew.spawn(plant.node.close(Closing.DRAIN, within_s=600.0), name="close")
         await asyncio.sleep(1.0)
         assert not closing.done()
-        plant.node.force("the operator asked again")
+        plant.node.force()
         await asyncio.sleep(1.0)
         assert closing.done()
         await closing
