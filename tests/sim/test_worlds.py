@@ -8,6 +8,10 @@ import sys
 
 import pytest
 
+from penstock.core.gate import Gate
+from penstock.model.drain import DrainOrder, DrainStage
+from penstock.model.node import NodeSpec
+from penstock.node.drain import Drain
 from penstock.node.evict import Undo
 from penstock.node.record import SandboxRecord
 from penstock.node.slots import Pool
@@ -72,7 +76,7 @@ def test_a_record_removed_too_early_is_noticed(monkeypatch: pytest.MonkeyPatch) 
     original = Supervisor._release
 
     async def too_early(self: Supervisor) -> bool:
-        self._record.remove()
+        self.record.remove()
         return await original(self)
 
     monkeypatch.setattr(Supervisor, "_release", too_early)
@@ -102,3 +106,26 @@ def test_a_missed_expiry_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_start_forgotten_by_the_dead_daemon_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("penstock.node.sync.Sync.take_up", lambda self, adopted: None)
     assert broken(range(8), Rates(crash_after=(40,)))
+
+
+def test_a_draining_node_refuses_also_what_control_still_sends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(NodeSpec, "why_not", "")
+    for seed in range(40):
+        run(seed, rates=CALM)
+    monkeypatch.setattr(Gate, "cordon", lambda self, reason: None)
+    assert "was admitted in epoch" in broken(range(40), CALM)
+
+
+def test_a_drain_that_does_not_kill_at_its_hard_deadline_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Drain._maybe_force
+
+    def patient(self: Drain, order: DrainOrder, stage: DrainStage, wake_at: float | None) -> float | None:
+        return wake_at if self._stop is None else original(self, order, stage, wake_at)
+
+    monkeypatch.setattr(Drain, "_maybe_force", patient)
+    assert "past its hard deadline" in broken(range(60), Rates(odd_guests=0.4))
+
+
+def test_a_drain_that_ends_too_early_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Drain, "_stage", lambda self, order: (DrainStage.ENDED, None))
+    assert "ended with" in broken(range(60), CALM)

@@ -84,6 +84,7 @@ class Daemon:
             self.up = True
             world.daemon = self
             world.checkers.quiet_since = world.clock.monotonic()
+            world.drains.anchor()
             world.trace.say("daemon is up")
             world.look_again()
             await self.node.run()

@@ -30,6 +30,7 @@ from penstock.sim.daemon import Daemon, fork
 from penstock.sim.faults import Faults, Rates, draw_rates
 from penstock.sim.guests import Nursery
 from penstock.sim.kernel import Dead, Kernel, Life
+from penstock.sim.operator import Drains, Operator
 from penstock.sim.trace import Trace
 from penstock.sim.workload import Client
 from penstock.store.errors import RevisionConflict, StoreFailed
@@ -93,6 +94,7 @@ class World:
         self.facts = Facts()
         self.checkers = Checkers(self.kernel, self.facts, self.trace, self.clock.wall)
         self.checkers.slack_s = 2.5 if self.rates.slow or self.rates.failure else 0.05
+        self.drains = Drains(self)
         self.log = MemoryLog(delay_s=rng.choice((0.0, 0.0005, 0.02)))
         self.daemon: Daemon | None = None
         self.crashes = 0
@@ -109,6 +111,7 @@ class World:
             sweep_every_s=5.0,
         )
         self._clients = [Client(self, fork(rng)) for _ in range(rng.randint(6, CLIENTS_MAX))]
+        self._operator = Operator(self, fork(rng))
         self._changed = Pulse()
         self._own: set[asyncio.Task[object]] = set()
         self._over = False
@@ -124,8 +127,9 @@ class World:
             self.start(crew, self._step_clock(), "clock steps")
             self.start(crew, self._stop_as_planned(), "planned stops")
             clients = [self.start(crew, client.live(), f"client {client.sandbox}") for client in self._clients]
+            operator = self.start(crew, self._operator.live(), "operator")
             beside = self.live_beside(crew)
-            for client in (*clients, *beside):
+            for client in (operator, *clients, *beside):
                 await client
             self.faults.calm()
             self.trace.say("calm")
@@ -189,6 +193,10 @@ class World:
                 continue
             return
 
+    def blame(self, what: str) -> None:
+        """An invariant was seen not to hold."""
+        self.checkers.blame(what)
+
     def look_again(self) -> None:
         """Whoever waits for a state of the world looks at it again."""
         self._changed.fire()
@@ -197,6 +205,7 @@ class World:
         """A revision was kept."""
         self.facts.apply(batch, self.clock.monotonic())
         self.checkers.on_revision(batch)
+        self.drains.on_revision(batch)
         self._changed.fire()
 
     def outcome(self, seed: int) -> Outcome:
@@ -286,6 +295,7 @@ class World:
             await asyncio.sleep(LOOK_S)
             if self._is_up():
                 self.checkers.check_expiry(self.clock.monotonic())
+                self.drains.check(self.clock.monotonic())
                 if self.checkers.violations:
                     self._changed.fire()
 

@@ -10,6 +10,7 @@ import pytest
 from penstock.core.deadlines import DeadlinePassed
 from penstock.model.ids import BuildId
 from penstock.model.sandbox import EgressRules, KillReason, Limits, Phase
+from penstock.node import serve
 from penstock.node.supervisor import Supervisor
 from penstock.sim.guests import Manner
 from tests.unit.node.plant import SETTINGS, Plant, play
@@ -296,16 +297,16 @@ def test_what_ended_before_it_ran_is_reported_without_being_started() -> None:
 
 
 def test_after_a_bug_a_sandbox_is_taken_up_again_from_its_record(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = Supervisor._conform
+    original = serve._conform
 
-    async def raises_once(self: Supervisor) -> None:
-        monkeypatch.setattr(Supervisor, "_conform", original)
+    async def raises_once(one: Supervisor) -> None:
+        monkeypatch.setattr(serve, "_conform", original)
         raise RuntimeError("a bug")
 
     async def script(plant: Plant) -> None:
         sandbox = await plant.ready()
         (pid,) = plant.processes_of(sandbox)
-        monkeypatch.setattr(Supervisor, "_conform", raises_once)
+        monkeypatch.setattr(serve, "_conform", raises_once)
         rules = EgressRules(internet=False)
         await plant.change(sandbox, egress=rules)
         await asyncio.sleep(3.0)
