@@ -13,6 +13,7 @@ TeamId = NewType("TeamId", str)
 KeyId = NewType("KeyId", str)
 TemplateId = NewType("TemplateId", str)
 BuildId = NewType("BuildId", str)
+SnapshotId = NewType("SnapshotId", str)
 
 _ALPHABET: Final = string.ascii_lowercase + string.digits
 # Sandbox ids travel in host names between dashes, hence lower-case alphanumerics only (spec: e2b 1.3).
@@ -28,6 +29,11 @@ def mint(rng: random.Random, length: int) -> str:
 def mint_sandbox_id(rng: random.Random) -> SandboxId:
     """`i` and 20 characters, as the E2B SDKs expect."""
     return SandboxId("i" + mint(rng, 20))
+
+
+def mint_snapshot_id(rng: random.Random) -> SnapshotId:
+    """`s` and 20 characters."""
+    return SnapshotId("s" + mint(rng, 20))
 
 
 def mint_installation_id(rng: random.Random) -> str:

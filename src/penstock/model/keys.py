@@ -16,6 +16,7 @@ BUILD: Final = "build/"
 TEAM: Final = "team/"
 API_KEY: Final = "key/"  # + key id; labels: hash, team
 IDEMPOTENCY: Final = "idempotency/"  # + team/key; value: the sandbox id; under a lease
+SNAPSHOT: Final = "snapshot/"  # + snapshot id; labels: team, sandbox, kind
 DRAIN: Final = "drain/"  # + node/epoch (zero-padded): the report; + /sandbox: an outcome; labels: node
 EVENT: Final = "event/"  # + zero-padded time, room and number, so that keys sort by time; labels: subject
 

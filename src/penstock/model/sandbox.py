@@ -12,7 +12,7 @@ from typing import Final
 import msgspec
 
 from penstock.model.drain import Disposition
-from penstock.model.ids import BuildId, NodeId, SandboxId, TeamId
+from penstock.model.ids import BuildId, NodeId, SandboxId, SnapshotId, TeamId
 
 CPU_MILLI_DEFAULT: Final = 2000
 CPU_MILLI_MAX: Final = 32_000
@@ -66,6 +66,12 @@ class Event(StrEnum):
     FOUND_GONE = "found_gone"
     CANCEL = "cancel"
 
+
+# What a sandbox of a tier can do, as words of the API.
+PAUSE_ON_NODE: Final = "pause-memory-on-node"  # frozen: it does not outlive the node
+PAUSE_TO_DISK: Final = "pause-filesystem"
+CHECKPOINT_DISK: Final = "checkpoint-filesystem"
+CAPABILITIES: Final = (PAUSE_ON_NODE, PAUSE_TO_DISK, CHECKPOINT_DISK)
 
 _P, _E = Phase, Event
 _LIVE: Final = (_P.READY, _P.PAUSED, _P.DRAINING)
@@ -121,6 +127,7 @@ class KillReason(StrEnum):
     CRASHED = "crashed"
     START_FAILED = "start_failed"
     NODE_SHUTDOWN = "node_shutdown"
+    PAUSED = "paused"  # parked: it lives on as a snapshot
     REBOOT = "reboot"
 
 
@@ -155,6 +162,21 @@ class StopOrder(msgspec.Struct, frozen=True, kw_only=True):
     at: float  # wall seconds
 
 
+class OnTimeout(StrEnum):
+    """What its end (`end_at`) means."""
+
+    KILL = "kill"
+    PAUSE = "pause"  # frozen on its node: memory kept, for as long as the node lives
+    PARK = "park"  # paused to disk: memory freed, restarts cold
+
+
+class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
+    """A wish for a snapshot of the running sandbox. Done once per id; the snapshot, or `checkpoint_failed`, answers."""
+
+    id: SnapshotId
+    name: str = ""
+
+
 class SandboxSpec(msgspec.Struct, frozen=True, kw_only=True):
     """What was asked for. Written by `api`; `node` alone by `control`. Times are wall seconds since the epoch."""
 
@@ -172,6 +194,13 @@ class SandboxSpec(msgspec.Struct, frozen=True, kw_only=True):
     env: dict[str, str] = {}
     egress: EgressRules = EgressRules()
     isolation: Isolation = Isolation.NAMESPACE
+    frozen: bool = False  # wanted paused in memory; see `wants_frozen`
+    park: SnapshotId | None = None  # wanted paused to disk, as this snapshot; never taken back
+    on_timeout: OnTimeout = OnTimeout.KILL
+    auto_resume: bool = False  # a request to a paused sandbox resumes it
+    timeout_s: float = 300.0  # as it was created with: what an auto-resume gives it
+    snapshot: SnapshotId | None = None  # its disk begins as a copy of this one's
+    checkpoint: Checkpoint | None = None
     on_drain: Disposition | None = None  # its template's or its creator's word; None: the node's
     node: NodeId | None = None
     stop: StopOrder | None = None
@@ -196,3 +225,21 @@ class SandboxStatus(msgspec.Struct, frozen=True, kw_only=True):
     started_at: float = 0.0  # wall: the guest first answered
     stopped_at: float = 0.0
     steps_ms: dict[str, float] = {}  # the create path, step by step
+    durable_up_to: float = 0.0  # wall: what was acknowledged before is on the node's disk; 0: nothing was asked to be
+    checkpoint_done: SnapshotId | None = None  # the last checkpoint that was answered
+    checkpoint_failed: str = ""  # why that one failed; empty: it did not
+    capabilities: tuple[str, ...] = ()  # of CAPABILITIES
+
+
+def wants_frozen(spec: SandboxSpec, now: float) -> bool:
+    """Whether it should lie frozen: because somebody said so, or because its end has come and means that."""
+    return spec.frozen or (spec.on_timeout is OnTimeout.PAUSE and spec.end_at <= now)
+
+
+def wants_parked(spec: SandboxSpec, now: float) -> SnapshotId | None:
+    """The snapshot it should become, if it should. One that parks at its end is named by that end."""
+    if spec.park is not None:
+        return spec.park
+    if spec.on_timeout is OnTimeout.PARK and spec.end_at <= now:
+        return SnapshotId(f"{spec.id}-{int(spec.end_at * 1000)}")
+    return None

@@ -11,6 +11,7 @@ WRITERS: Final[dict[str, frozenset[str]]] = {
     keys.SANDBOX_STATUS: frozenset({"node", "control"}),  # control: only the removal
     keys.NODE_SPEC: frozenset({"api"}),
     keys.NODE_STATUS: frozenset({"node"}),
+    keys.SNAPSHOT: frozenset({"node", "api", "control"}),  # api and control: only the removal
     keys.DRAIN: frozenset({"node", "control"}),  # control: only the removal
     keys.TEMPLATE: frozenset({"run", "api"}),
     keys.BUILD: frozenset({"run", "node"}),
