@@ -41,7 +41,13 @@ birth.Steps = _Steps  # type: ignore[misc]
 
 
 def serve(
-    config: dict[str, Any], *, listen_fds: dict[str, int], log_fd: int, cgroup_fds: dict[str, Any], ready: Any
+    config: dict[str, Any],
+    *,
+    listen_fds: dict[str, int],
+    log_fd: int,
+    cgroup_fds: dict[str, Any],
+    disk_fd: int,
+    ready: Any,
 ) -> NoReturn:
     public = socket.socket(fileno=listen_fds["public"])
     public.setblocking(True)

@@ -23,7 +23,7 @@ from typing import Any, Final, NoReturn
 
 from penstock.core.clock import SystemClock
 from penstock.core.crew import Crew
-from penstock.guest import basics, compose, files, filesystem, guise, metrics, process_api
+from penstock.guest import basics, compose, files, filesystem, guise, metrics, notices, process_api, quiesce
 from penstock.guest.access import TokenAccess
 from penstock.guest.exchange import Exchange, Peer
 from penstock.guest.log import Log
@@ -63,6 +63,7 @@ def serve(
     listen_fds: Mapping[str, int],
     log_fd: int,
     cgroup_fds: Mapping[str, Sequence[int]] | None = None,
+    disk_fd: int = -1,
     ready: Callable[[], None] = lambda: None,
 ) -> NoReturn:
     """Be pid 1 until SIGTERM; never returns.
@@ -70,7 +71,8 @@ def serve(
     `config` has the fields of `node.ports.GuestConfig`. `listen_fds` are bound stream sockets, `public` and `control`.
     `cgroup_fds["user"]` are files every process writes "0" to (v1 `tasks`, v2 `cgroup.procs`); `cgroup_fds["guest"]`
     the same files of the cgroups the guest itself is in. With the latter processes start three times faster (`guise`):
-    leave them out only where a move is slow, which is cgroup v2. `ready` is called once, when connections are answered.
+    leave them out only where a move is slow, which is cgroup v2. `disk_fd` is for `quiesce`, which fails without.
+    `ready` is called once, when connections are answered.
     Exit status 0 after SIGTERM, 1 when the guest itself failed (its log says why).
     """
     clock = SystemClock()
@@ -81,7 +83,7 @@ def serve(
         _own_descriptors(log_fd)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Python's handler would raise in the middle of anything
         os.umask(0o022)  # children have it from us
-        guest = Guest(config, listen_fds, cgroup_fds or {}, log, clock, ready)
+        guest = Guest(config, listen_fds, cgroup_fds or {}, log, clock, ready, disk_fd=disk_fd)
         loop = asyncio.SelectorEventLoop()  # made here: an epoll descriptor shared over a fork would be two processes'
         asyncio.set_event_loop(loop)
         loop.set_exception_handler(lambda _, context: _log_loop_fault(log, context))
@@ -105,11 +107,13 @@ class Guest:
         log: Log,
         clock: SystemClock,
         ready: Callable[[], None],
+        *,
+        disk_fd: int = -1,
     ) -> None:
         budget = _share_descriptors()
         self._listen_fds, self._log, self._ready = listen_fds, log, ready
         self._clock = clock
-        self._budget = budget
+        self._budget, self._disk_fd = budget, disk_fd
         self._settings = Settings(config)
         self._users = Users()
         self._is_init = os.getpid() == 1
@@ -161,6 +165,8 @@ class Guest:
             service.register(parts)
         filesystem.register(parts)  # its watchers end with this process
         process_api.register(parts, self._processes)
+        notices.register(parts, run=notices.RUN if self._is_init else None)
+        quiesce.register(parts, self._disk_fd)
         return Server(
             routes, access, spawn=crew.spawn, on_fault=self._on_fault, connections_max=self._budget.connections
         )
@@ -208,7 +214,7 @@ class Guest:
             return
         try:
             os.makedirs(FACTS_DIR, 0o755, exist_ok=True)
-            for name, value in self._settings.own_env.items():
+            for name, value in self._settings.identity.items():
                 flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
                 fd = os.open(f"{FACTS_DIR}/.{name}", flags, 0o644)
                 os.write(fd, value.encode())

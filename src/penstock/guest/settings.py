@@ -10,6 +10,7 @@ from penstock.guest.users import User
 ENVD_VERSION: Final = "0.6.13"  # the protocol version we answer to; the SDKs compare it
 PATH_DEFAULT: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 USER_DEFAULT: Final = "root"  # until somebody says otherwise
+NOTICE_PATH: Final = "/run/penstock/notice.json"  # there while a drain wants the sandbox to end; see `notices`
 
 
 class Settings:
@@ -27,9 +28,14 @@ class Settings:
         self.memory_bytes_total: int = config.get("memory_bytes_total") or 0
 
     @property
+    def identity(self) -> dict[str, str]:
+        """By which programs learn that they are in a sandbox, and in which."""
+        return {"E2B_SANDBOX": "true", "E2B_SANDBOX_ID": self.sandbox_id, "E2B_TEMPLATE_ID": self.template_id}
+
+    @property
     def own_env(self) -> dict[str, str]:
         """Names nobody in the sandbox's API can override."""
-        return {"E2B_SANDBOX": "true", "E2B_SANDBOX_ID": self.sandbox_id, "E2B_TEMPLATE_ID": self.template_id}
+        return self.identity | {"PENSTOCK_NOTICE": NOTICE_PATH}
 
     def public_env(self) -> dict[str, str]:
         """What GET /envs answers."""

@@ -224,6 +224,38 @@ class Strays(Protocol):
         """Every such process the kernel shows, by walking /proc; slow (milliseconds per thousand processes)."""
 
 
+class Notice(msgspec.Struct, frozen=True, kw_only=True):
+    """What a sandbox is told of a drain. Times are wall seconds; None: open.
+
+    A guest ignores an epoch older than the newest it heard of, and what it was told before.
+    """
+
+    epoch: int
+    reason: str = ""
+    soft_by: float | None = None  # when it will be asked to end, or parked
+    hard_by: float | None = None  # when it will be killed
+    withdrawn: bool = False  # the drain was undone: nothing is asked of it any more
+
+
+class Guests(Protocol):
+    """The guests of running sandboxes, each spoken to by its run directory.
+
+    One that has ended raises Unavailable, one that does not answer DeadlinePassed; both name the sandbox.
+    """
+
+    async def notify(self, run_dir: str, notice: Notice, *, within_s: float) -> None:
+        """Return when the sandbox's programs can read it. Unavailable also when the guest could not write it down."""
+
+    async def quiesce(self, run_dir: str, *, within_s: float) -> float:
+        """Wall seconds: what the sandbox wrote before then is in its disk's image. The image itself is not synced.
+
+        If cancelled, or past its deadline, the guest goes on with it.
+        """
+
+    async def health(self, run_dir: str, *, within_s: float) -> bool:
+        """Whether the guest answers. Never raises for one that does not."""
+
+
 class Ports(msgspec.Struct, frozen=True, kw_only=True):
     """The edges of one node, as `run` or `sim` chose them."""
 
@@ -232,4 +264,5 @@ class Ports(msgspec.Struct, frozen=True, kw_only=True):
     network: Network
     disks: Disks
     files: Files
+    guests: Guests
     strays: Strays | None = None

@@ -14,6 +14,7 @@ from penstock.node.linux.at_rest import NetworkAtRest
 from penstock.node.linux.cgroups import LinuxCgroups
 from penstock.node.linux.disks import LinuxDisks
 from penstock.node.linux.files import LinuxFiles
+from penstock.node.linux.guests import SocketGuests
 from penstock.node.linux.launcher import ZygoteLauncher
 from penstock.node.linux.network import LinuxNetwork
 from penstock.node.linux.strays import LinuxStrays
@@ -61,6 +62,7 @@ class Edges:
             ),
             disks=disks,
             files=LinuxFiles(records=str(folder.path / "records"), run=str(folder.run / "sb")),
+            guests=SocketGuests(),
             strays=LinuxStrays(installation=installation, router_path=str(folder.router)),
         )
         self._cgroups, self._disks = cgroups, disks

@@ -13,7 +13,7 @@ from typing import Final
 
 from penstock.core.deadlines import within
 from penstock.model.sandbox import EgressRules, Limits
-from penstock.node.ports import LaunchOrder
+from penstock.node.ports import LaunchOrder, Notice
 from penstock.sim.faults import Faults
 from penstock.sim.guests import Guest, Nursery
 from penstock.sim.trace import Trace
@@ -82,6 +82,7 @@ class Machinery:
         self.disks: dict[str, Limits] = {}
         self.run_dirs: set[str] = set()
         self.records: dict[str, list[bytes]] = {}  # whole lines
+        self.notices: dict[str, list[Notice]] = {}  # that guests took, by sandbox
         self.torn: dict[str, bytes] = {}  # what a write that was cut off left at the end of a record
         self._pids = 1_000
 

@@ -30,6 +30,7 @@ from penstock.ingress.sandbox_tokens import Tokens
 from penstock.ingress.table import Route, Table
 from penstock.model import keys
 from penstock.model.sandbox import TERMINAL
+from penstock.node.linux.guests import SocketGuests
 from penstock.sim import loop as virtual
 from penstock.sim.checkers import Violation
 from penstock.sim.daemon import TOKEN_SEED, Daemon
@@ -87,6 +88,7 @@ class TrafficWorld(World):
         self._dice = random.Random(rng.getrandbits(64))
         self.net = Net(random.Random(rng.getrandbits(64)))
         self.judge = Judge(self.kernel, self.facts, self.blame)
+        self.kernel.in_person = SocketGuests(lambda path: self.net.open_streams(guest_address(path)))
         self.house = House(self.net, self.clock, random.Random(rng.getrandbits(64)), folder, self.blame)
         self.descriptors_max = self._dice.choice((12, 60, 1_000))
         self.ingress: Ingress | None = None

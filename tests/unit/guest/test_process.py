@@ -94,6 +94,7 @@ def test_the_environment_in_its_order(guest: RunningGuest) -> None:
         "E2B_SANDBOX",
         "E2B_SANDBOX_ID",
         "E2B_TEMPLATE_ID",
+        "PENSTOCK_NOTICE",
         "USER",
         "LOGNAME",
         "HOME",

@@ -84,7 +84,13 @@ def test_the_daemon_needs_no_token(locked: RunningGuest) -> None:
 
 def test_envs_are_the_sandboxes_and_ours(guest: RunningGuest) -> None:
     body = json.loads(guest.request("GET", "/envs")[2])
-    assert body == {"FROM": "birth", "E2B_SANDBOX": "true", "E2B_SANDBOX_ID": "itest", "E2B_TEMPLATE_ID": "base"}
+    assert body == {
+        "FROM": "birth",
+        "E2B_SANDBOX": "true",
+        "E2B_SANDBOX_ID": "itest",
+        "E2B_TEMPLATE_ID": "base",
+        "PENSTOCK_NOTICE": "/run/penstock/notice.json",
+    }
 
 
 def test_init_is_hidden_from_the_public_and_changes_everything(tmp_path: Path) -> None:

@@ -74,6 +74,7 @@ class Serve(Protocol):
         listen_fds: dict[str, int],
         log_fd: int,
         cgroup_fds: dict[str, list[int]],
+        disk_fd: int,
         ready: Callable[[], None],
     ) -> NoReturn: ...
 
@@ -111,16 +112,17 @@ def be_born(luggage: Luggage, line: socket.socket, kernel: Kernel, serve: Serve)
         size = os.fstat(luggage.parcel).st_size
         assert size <= _PARCEL_BYTES_MAX
         parcel = _PARCELS.decode(os.pread(luggage.parcel, size, 0))
-        _assemble(parcel, luggage, kernel, steps)
+        disk_fd = _assemble(parcel, luggage, kernel, steps)
         _confine(parcel, luggage, kernel, steps)
         steps.begin("tidy")
-        _tidy(luggage, line)
+        _tidy(luggage, line, disk_fd)
         steps.begin("guest")
         serve(
             parcel.guest,
             listen_fds={"public": luggage.public, "control": luggage.control},
             log_fd=luggage.log,
             cgroup_fds={"user": luggage.user, "guest": luggage.guest},
+            disk_fd=disk_fd,
             ready=lambda: _tell_ready(line, steps),
         )
     except BaseException as error:
@@ -129,8 +131,8 @@ def be_born(luggage: Luggage, line: socket.socket, kernel: Kernel, serve: Serve)
         os._exit(FAILED_STATUS)
 
 
-def _assemble(parcel: Parcel, luggage: Luggage, kernel: Kernel, steps: Steps) -> None:
-    """Everything that needs the host's root: cgroups and the tree at NEW_ROOT."""
+def _assemble(parcel: Parcel, luggage: Luggage, kernel: Kernel, steps: Steps) -> int:
+    """Everything that needs the host's root: cgroups and the tree at NEW_ROOT. Returns `rootfs.open_disk()`."""
     owner = parcel.uid_base
     steps.begin("dev")
     rootfs.act_as_owner(owner)
@@ -144,6 +146,7 @@ def _assemble(parcel: Parcel, luggage: Luggage, kernel: Kernel, steps: Steps) ->
     rootfs.attach_disk(luggage.disk, luggage.userns)
     steps.begin("etc")
     rootfs.write_etc(parcel.etc)
+    disk_fd = rootfs.open_disk()
     steps.begin("layers")
     rootfs.attach_layers(luggage.layers, luggage.userns)
     steps.begin("overlay")
@@ -163,6 +166,7 @@ def _assemble(parcel: Parcel, luggage: Luggage, kernel: Kernel, steps: Steps) ->
     steps.begin("boot_id")
     rootfs.give_boot_id(parcel.boot_id)
     os.close(root)
+    return disk_fd
 
 
 def _confine(parcel: Parcel, luggage: Luggage, kernel: Kernel, steps: Steps) -> None:
@@ -197,7 +201,7 @@ def _set_rlimits() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (1, 1))
 
 
-def _tidy(luggage: Luggage, line: socket.socket) -> None:
+def _tidy(luggage: Luggage, line: socket.socket, disk_fd: int) -> None:
     """Close every descriptor that the guest was not given; stdin is /dev/null, what it prints goes to its log."""
     os.umask(0o022)
     for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE):
@@ -205,7 +209,7 @@ def _tidy(luggage: Luggage, line: socket.socket) -> None:
     os.dup2(luggage.log, 1)
     os.dup2(luggage.log, 2)
     cgroups = (*luggage.user, *luggage.guest)
-    kept = sorted({0, 1, 2, line.fileno(), luggage.public, luggage.control, luggage.log, *cgroups})
+    kept = sorted({0, 1, 2, line.fileno(), luggage.public, luggage.control, luggage.log, disk_fd, *cgroups})
     for low, high in zip(kept, [*kept[1:], _HIGHEST_FD], strict=True):
         os.closerange(low + 1, high)
 
