@@ -71,6 +71,8 @@ class Disk:
             raise OSError(number, os.strerror(number))
 
     def _begin(self) -> asyncio.Future[int]:
+        if self._fd < 0:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         loop = asyncio.get_running_loop()
         reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         try:
@@ -111,7 +113,7 @@ def _be_the_child(fd: int, report_fd: int) -> NoReturn:
     low, high = sorted((fd, report_fd))
     try:
         for first, last in ((3, low), (low + 1, high), (high + 1, _FD_CEILING)):
-            os.closerange(max(3, first), last)
+            os.closerange(first, max(first, last))  # an end below its begin would mean "all" to close_range(2)
         number = 0 if _syncfs(fd) == 0 else ctypes.get_errno()
         os.write(report_fd, b"%d" % number)
     finally:
