@@ -16,6 +16,7 @@ import msgspec
 
 from penstock.control.placement import NodeSeen
 from penstock.control.sandboxes import RETENTION_S, Bind, Plan, Remove, Seen, plan
+from penstock.control.trim import Trimmer
 from penstock.core.clock import Clock
 from penstock.core.crew import Crew
 from penstock.core.keyqueue import KeyQueue
@@ -23,7 +24,8 @@ from penstock.feed.source import Source
 from penstock.feed.view import View
 from penstock.model import keys
 from penstock.model.errors import Conflict
-from penstock.model.ids import NodeId, SandboxId
+from penstock.model.event import EventWriter, LoggedEvent
+from penstock.model.ids import NodeId, SandboxId, mint
 from penstock.model.node import NodeSpec, NodeStatus
 from penstock.model.sandbox import TERMINAL, Phase, SandboxSpec, SandboxStatus
 from penstock.store.ops import Delete, Op, Put
@@ -64,9 +66,12 @@ class Controller:
         self._node_specs: View[NodeSpec] = View(source, keys.NODE_SPEC, _decode_node_spec)
         self._node_statuses: View[NodeStatus] = View(source, keys.NODE_STATUS, _decode_node_status)
         self._queue: KeyQueue[str] = KeyQueue(rng=rng)
+        self._events = EventWriter("control", mint(rng, 6))
+        self._trimmer = Trimmer(store=store, source=source, clock=clock)
         self._placed: dict[str, NodeId] = {}  # live sandboxes by node, our own binds included at once
         self._counts: dict[NodeId, int] = {}
         self._unplaced: dict[str, None] = {}  # waiting for a node, in order
+        self._said_waiting: set[str] = set()  # of those, whose waiting is in the event log
         self._refusals: dict[str, tuple[int, float]] = {}  # in a row, and when the last was seen (wall)
         self._why: dict[str, tuple[str, ...]] = {}
         self._planned = self._bound = self._removed = self._conflicts = 0
@@ -83,6 +88,7 @@ class Controller:
         await self._specs.start(crew)
         for number in range(WORKERS):
             crew.spawn(self._work(), name=f"control worker {number}")
+        self._trimmer.start(crew)
 
     def why(self, sandbox: str) -> tuple[str, ...]:
         """The reasons of the last plan for it; empty when it was never planned."""
@@ -186,22 +192,45 @@ class Controller:
         now = self._clock.wall()
         planned = plan(seen, now, retention_s=self._retention_s)
         self._planned += 1
-        self._remember(sandbox, planned, waits=spec is not None and spec.node is None)
+        if self._remember(sandbox, planned, waits=spec is not None and spec.node is None):
+            await self._store.commit([self._told("sandbox.waits", sandbox, spec, planned)], by="control")
         for action in planned.actions:
             match action:
                 case Bind(node=node):
                     assert spec is not None
-                    await self._bind(spec, node, spec_revision, status_revision)
+                    kind = "sandbox.bound" if spec.node is None else "sandbox.rebound"
+                    told = self._told(kind, sandbox, spec, planned, node=node)
+                    await self._bind(spec, node, spec_revision, status_revision, told)
                 case Remove():
-                    await self._remove(sandbox, spec_revision, status_revision)
+                    told = self._told("sandbox.removed", sandbox, spec or status, planned)
+                    await self._remove(sandbox, spec_revision, status_revision, told)
         if planned.wake_at is not None:
             self._queue.add_after(sandbox, max(0.01, planned.wake_at - now))
 
-    async def _bind(self, spec: SandboxSpec, node: NodeId, revision: int, status_revision: int) -> None:
+    def _told(
+        self, kind: str, sandbox: str, whose: SandboxSpec | SandboxStatus | None, planned: Plan, *, node: str = ""
+    ) -> Put:
+        """A decision as a line of the event log, to be written with what it decides."""
+        facts = {"node": node} if node else {}
+        if isinstance(whose, SandboxSpec) and whose.node is not None and node:
+            facts["from"] = whose.node
+        event = LoggedEvent(
+            at=self._clock.wall(),
+            kind=kind,
+            subject=sandbox,
+            actor="control",
+            because="; ".join(planned.because),
+            facts=facts,
+            team=whose.team if whose is not None else "",
+        )
+        record = self._events.record(event)
+        return Put(record.key, record.value, labels=record.labels)
+
+    async def _bind(self, spec: SandboxSpec, node: NodeId, revision: int, status_revision: int, told: Put) -> None:
         self._place(spec.id, node)
         self._unplaced.pop(spec.id, None)
         value = _encode(msgspec.structs.replace(spec, node=node))
-        ops: list[Op] = [Put(keys.SANDBOX_SPEC + spec.id, value, expect=revision)]
+        ops: list[Op] = [Put(keys.SANDBOX_SPEC + spec.id, value, expect=revision), told]
         if status_revision and node != spec.node:
             # The refusal of another node: its labels name that node, and labels never change.
             ops.append(Delete(keys.SANDBOX_STATUS + spec.id, expect=status_revision))
@@ -212,14 +241,14 @@ class Controller:
             raise
         self._bound += 1
 
-    async def _remove(self, sandbox: str, spec_revision: int, status_revision: int) -> None:
+    async def _remove(self, sandbox: str, spec_revision: int, status_revision: int, told: Put) -> None:
         ops: list[Op] = []
         if spec_revision:
             ops.append(Delete(keys.SANDBOX_SPEC + sandbox, expect=spec_revision))
         if status_revision:
             ops.append(Delete(keys.SANDBOX_STATUS + sandbox, expect=status_revision))
         if ops:
-            await self._store.commit(ops, by="control")
+            await self._store.commit([*ops, told], by="control")
             self._removed += 1
         self._why.pop(sandbox, None)
         self._refusals.pop(sandbox, None)
@@ -229,15 +258,20 @@ class Controller:
         record = self._store.get(key)
         return (None, 0) if record is None else (decode(record.value), record.mod_revision)
 
-    def _remember(self, sandbox: str, planned: Plan, *, waits: bool) -> None:
+    def _remember(self, sandbox: str, planned: Plan, *, waits: bool) -> bool:
+        """Whether it has just begun to wait for a node."""
         self._why.pop(sandbox, None)
         self._why[sandbox] = planned.because
         if len(self._why) > WHY_MAX:
             del self._why[next(iter(self._why))]
-        if waits and not planned.actions:
-            self._unplaced[sandbox] = None
-        else:
+        if not waits or planned.actions:
             self._unplaced.pop(sandbox, None)
+            self._said_waiting.discard(sandbox)
+            return False
+        self._unplaced[sandbox] = None
+        begins = sandbox not in self._said_waiting
+        self._said_waiting.add(sandbox)
+        return begins
 
 
 _encode: Final = msgspec.json.Encoder().encode

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Final, Protocol
 
 from penstock.core.deadlines import Rng, backoff_s
@@ -27,6 +27,8 @@ class Writable(Protocol):
     """What of a store reports need."""
 
     async def put(self, key: str, value: bytes, *, by: str, labels: Mapping[str, str] | None = None) -> int: ...
+
+    async def put_all(self, records: Iterable[tuple[str, bytes, Mapping[str, str]]], *, by: str) -> int: ...
 
     async def delete(self, key: str, *, by: str) -> int: ...
 
@@ -53,6 +55,13 @@ class LocalReports:
     async def put(self, key: str, value: bytes, labels: Mapping[str, str] | None = None) -> None:
         await self._write(key, lambda: self._store.put(key, value, labels=labels, by=self._by))
 
+    async def add(self, records: Iterable[tuple[str, bytes, Mapping[str, str]]]) -> None:
+        records = list(records)
+        failures = 0
+        while not await self._took(lambda: self._store.put_all(records, by=self._by)):
+            failures += 1
+            await asyncio.sleep(backoff_s(failures, base_s=RETRY_BASE_S, cap_s=RETRY_CAP_S, rng=self._rng))
+
     async def remove(self, key: str) -> None:
         await self._write(key, lambda: self._store.delete(key, by=self._by))
 
@@ -63,14 +72,20 @@ class LocalReports:
         self._turns[key] = turn
         try:
             while self._turns.get(key) == turn:
-                try:
-                    await attempt()
+                if await self._took(attempt):
                     return
-                except Unavailable as error:
-                    if error.retry_after_s is None:  # closed: waiting will not help
-                        raise
-                    failures += 1
+                failures += 1
                 await asyncio.sleep(backoff_s(failures, base_s=RETRY_BASE_S, cap_s=RETRY_CAP_S, rng=self._rng))
         finally:
             if self._turns.get(key) == turn:
                 del self._turns[key]
+
+    async def _took(self, attempt: Callable[[], Awaitable[int]]) -> bool:
+        """False when it pays to try again later."""
+        try:
+            await attempt()
+        except Unavailable as error:
+            if error.retry_after_s is None:  # closed: waiting will not help
+                raise
+            return False
+        return True

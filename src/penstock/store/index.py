@@ -7,7 +7,7 @@ was the alternative; it makes each creation cost more the more is stored.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TypeVar
 
 from penstock.model.records import Change, Record
@@ -55,6 +55,10 @@ class Index:
             wanted = labels.items()
             found = [record for record in found if wanted <= record.labels.items()]
         return tuple(found)
+
+    def newest(self, folder: str) -> Iterator[Record]:
+        """The last entered first. After a start the order is that of the keys, then of creation."""
+        return (self._records[key] for key in reversed(self._by_folder.get(folder, {})))
 
     def _candidates(self, folder: str, labels: Mapping[str, str] | None) -> Iterable[str]:
         if labels:

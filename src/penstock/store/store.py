@@ -10,7 +10,7 @@ waits for a disk; whether a thread is involved is the log's affair.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Final
 
 import msgspec
@@ -137,6 +137,10 @@ class Store:
         """Create or overwrite, whatever is there. Raises what `commit` raises."""
         return await self.commit([Put(key, value, labels=labels)], by=by)
 
+    async def put_all(self, records: Iterable[tuple[str, bytes, Mapping[str, str]]], *, by: str) -> int:
+        """Create or overwrite each (key, value, labels), as one revision. Raises what `commit` raises."""
+        return await self.commit([Put(key, value, labels=labels) for key, value, labels in records], by=by)
+
     async def delete(self, key: str, *, by: str, expect_revision: int | None = None) -> int:
         """Absent is success unless `expect_revision` is given. Raises what `commit` raises."""
         return await self.commit([Delete(key, expect_revision)], by=by)
@@ -170,6 +174,13 @@ class Store:
     def list(self, prefix: str, labels: Mapping[str, str] | None = None) -> Listing:
         """The records under `prefix` that carry all of `labels`, by key. Costs what it returns."""
         return Listing(self._hub.revision, self._index.list(prefix, labels))
+
+    def newest(self, folder: str) -> Iterator[Record]:
+        """The records under `folder` (ends with a slash), the last created first. Costs what is taken of it.
+
+        Lazy: take what you need before anything is awaited.
+        """
+        return self._index.newest(folder)
 
     def watch(self, prefix: str, after_revision: int) -> Watch:
         """Everything under `prefix` after that revision, one whole revision at a time. Close it when done.
