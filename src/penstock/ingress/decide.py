@@ -1,8 +1,8 @@
 """Where a request goes, decided without any I/O.
 
-Two steps, because they change at different rates. `read(head)` depends on the head alone, so its answer is kept for
-the same bytes coming again (`heads.py`). `choose(target, head, table, …)` asks the table, which changes at any moment,
-so it is asked for every request.
+In steps, because they change at different rates. `named(fields)` depends on the fields alone and `read(head)` on the
+head alone, so their answers are kept for the same bytes coming again (`heads.py`). `choose(target, fields, table, …)`
+asks the table, which changes at any moment, so it is asked for every request.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 from enum import Enum
 from functools import lru_cache
-from typing import Final
+from typing import Final, NamedTuple
 from urllib.parse import parse_qsl, unquote_to_bytes
 
 import msgspec
@@ -20,7 +20,7 @@ from penstock.ingress import pages
 from penstock.ingress.pages import Refusal
 from penstock.ingress.table import Route, Table
 from penstock.wire import routing
-from penstock.wire.http1 import RequestHead
+from penstock.wire.http1 import Fields, RequestHead
 from penstock.wire.routing import GUEST_PORT, Target
 from penstock.wire.tokens import same
 
@@ -29,6 +29,8 @@ RESERVED: Final = frozenset(
     {b"/init", b"/freeze", b"/unfreeze", b"/fsfreeze", b"/fsthaw", b"/collapse", b"/upgrade"}
     | {b"/notice", b"/drain", b"/control", b"/adopt", b"/stop"}
 )
+_RESERVED_NAMES: Final = frozenset(route[1:] for route in RESERVED)
+_SPELLED: Final = re.compile(rb"[%\\;\s]|//|/\.")  # what `is_reserved` undoes; in most paths there is none of it
 _ABSOLUTE: Final = re.compile(rb"https?://([^/?#]*)", re.IGNORECASE)
 ROUTES_KEPT: Final = 4096  # (host, id, port) triples whose meaning is remembered
 QUERY_BYTES_MAX: Final = 16 * 1024  # of a signed URL; a path has at most 4 KiB, percent-encoded 12
@@ -57,21 +59,33 @@ Aim = Target | Own | Signed | Refusal
 TrafficToken = Callable[[str], str]  # by sandbox id
 
 
-def read(head: RequestHead) -> Aim:
-    """What the head asks for. Pure."""
+class Named(NamedTuple):
+    """What a head's fields say of the sandbox, whatever its method and target. None: no sandbox is named."""
+
+    host: bytes
+    target: Target | Refusal | None
+
+
+def named(told: Fields) -> Named:
+    """The first half of `read`, of the fields alone. Pure."""
     host = sandbox = port = b""
-    for name, value in head.fields:
+    for name, value in told.fields:
         if name == b"host":
             host = value
         elif name == routing.ID_HEADER:
             sandbox = sandbox or value
         elif name == routing.PORT_HEADER:
             port = port or value
+    return Named(host, _route(host, sandbox, port))
+
+
+def read(head: RequestHead, names: Named | None = None) -> Aim:
+    """What the head asks for. `names` is `named(head)`, for who has it already. Pure."""
+    host, target = names or named(head)
     if not head.target.startswith(b"/"):
         refusal = _refuse_target(head, host)
         if refusal is not None:
             return refusal
-    target = _route(host, sandbox, port)
     if target is None:
         return _read_unnamed(head)
     if type(target) is Target and target.port == GUEST_PORT and is_reserved(head.path):
@@ -90,13 +104,13 @@ def _route(host: bytes, sandbox: bytes, port: bytes) -> Target | Refusal | None:
         return pages.bad_request(error.status, error.message)
 
 
-def choose(target: Target, head: RequestHead, table: Table, traffic_token: TrafficToken) -> Route | Refusal:
+def choose(target: Target, told: Fields, table: Table, traffic_token: TrafficToken) -> Route | Refusal:
     """The live route of `target`, if this request may take it. Pure but for the table's present content."""
     route = table.routes.get(target.sandbox)
     if route is None or not route.serving:
         return pages.sandbox_not_found(target.sandbox) if table.complete else pages.starting()
     if route.private and target.port != GUEST_PORT:
-        given = head.header(routing.TRAFFIC_TOKEN_HEADER)
+        given = told.header(routing.TRAFFIC_TOKEN_HEADER)
         if not given:
             return pages.token_missing(route.sandbox)
         if not same(given.decode("latin-1"), traffic_token(route.sandbox)):
@@ -110,6 +124,8 @@ def is_reserved(path: bytes) -> bool:
     Percent-encoding, repeated slashes, dot segments, matrix parameters and case are undone first: the guest matches
     exactly, so this errs on the side of 404.
     """
+    if path.startswith(b"/") and _SPELLED.search(path) is None:
+        return path.split(b"/", 2)[1].lower() in _RESERVED_NAMES
     parts: list[bytes] = []
     for part in unquote_to_bytes(path.replace(b"\\", b"/")).split(b"/"):
         name = part.partition(b";")[0].strip().lower()
@@ -117,7 +133,7 @@ def is_reserved(path: bytes) -> bool:
             del parts[-1:]
         elif name not in (b"", b"."):
             parts.append(name)
-    return bool(parts) and b"/" + parts[0] in RESERVED
+    return bool(parts) and parts[0] in _RESERVED_NAMES
 
 
 def _refuse_target(head: RequestHead, host: bytes) -> Refusal | None:

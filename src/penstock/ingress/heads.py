@@ -13,15 +13,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final, Generic, TypeVar
 
-from penstock.ingress.decide import Aim, read
+from penstock.ingress.decide import Aim, named, read
 from penstock.wire.http1 import (
+    HEAD_BYTES_MAX,
     BadRequest,
     Field,
+    Fields,
     Framing,
     RequestHead,
     ResponseHead,
-    parse_request_head,
+    parse_request_fields,
     parse_response_head,
+    split_request,
 )
 from penstock.wire.routing import GUEST_PORT, Target
 
@@ -41,23 +44,35 @@ _NEVER_NAMED: Final = frozenset(
 _REPLAYABLE: Final = frozenset({b"GET", b"HEAD", b"OPTIONS", b"PUT", b"DELETE"})
 
 
+class Told:
+    """Request fields with all that follows from them alone, whatever the method and the target."""
+
+    __slots__ = ("bodiless", "fields", "forward", "keep_alive", "names", "upgrade")
+
+    def __init__(self, fields: Fields) -> None:
+        self.fields = fields
+        self.names = named(fields)
+        target = self.names.target
+        # The guest speaks no other protocol; offering it one could only open a way around the reserved paths.
+        self.upgrade = fields.upgrade if type(target) is Target and target.port != GUEST_PORT else None
+        self.bodiless = fields.framing is Framing.NONE
+        self.keep_alive = fields.keep_alive and self.upgrade is None
+        self.forward = _field_bytes(fields, upgrade=self.upgrade is not None)
+
+
 class Asked:
     """A request head with all that follows from it alone."""
 
     __slots__ = ("aim", "bodiless", "forward", "head", "keep_alive", "minor", "replayable", "to_head", "upgrade")
 
-    def __init__(self, head: RequestHead) -> None:
-        self.head = head
-        self.aim: Aim = read(head)
-        guest = type(self.aim) is Target and self.aim.port == GUEST_PORT
-        # The guest speaks no other protocol; offering it one could only open a way around the reserved paths.
-        self.upgrade = None if guest else head.upgrade
-        self.bodiless = head.framing is Framing.NONE
-        self.keep_alive = head.keep_alive and self.upgrade is None
+    def __init__(self, method: bytes, target: bytes, told: Told, raw: bytes) -> None:
+        self.head = head = RequestHead(method, target, told.fields, raw)
+        self.aim: Aim = read(head, told.names)
+        self.upgrade, self.bodiless, self.keep_alive = told.upgrade, told.bodiless, told.keep_alive
         self.minor = head.minor
-        self.replayable = self.bodiless and head.method in _REPLAYABLE and self.upgrade is None
-        self.to_head = head.method == b"HEAD"
-        self.forward = request_bytes(head, upgrade=self.upgrade is not None)
+        self.replayable = told.bodiless and method in _REPLAYABLE and told.upgrade is None
+        self.to_head = method == b"HEAD"
+        self.forward = b"%b %b HTTP/1.1\r\n%b" % (method, _origin(head), told.forward)
 
 
 class Answered:
@@ -82,7 +97,9 @@ class Heads:
     """Both directions. `raw` is one whole head, its empty line included."""
 
     def __init__(self) -> None:
-        self._asked: _Memory[Asked] = _Memory(lambda raw: Asked(_whole(parse_request_head(raw))))
+        self._asked: _Memory[Asked] = _Memory(self._ask)
+        # The fields of requests that differ in method and target only, as most of a client do.
+        self._told: _Memory[Told] = _Memory(lambda rest: Told(parse_request_fields(rest)))
         self._answered: _Memory[Answered] = _Memory(lambda raw: Answered(_whole(parse_response_head(raw))))
         # Replies to HEAD: the same bytes, and no body.
         self._answered_head: _Memory[Answered] = _Memory(
@@ -98,9 +115,14 @@ class Heads:
         memory = self._answered_head if to_head else self._answered
         return memory.kept.get(raw) or memory.make(raw)
 
+    def _ask(self, raw: bytes) -> Asked:
+        if len(raw) > HEAD_BYTES_MAX:
+            raise BadRequest(431, f"head longer than {HEAD_BYTES_MAX} bytes")
+        method, target, rest = split_request(raw)
+        return Asked(method, target, self._told.kept.get(rest) or self._told.make(rest), raw)
+
 
 V = TypeVar("V")
-H = TypeVar("H", RequestHead, ResponseHead)
 
 
 class _Memory(Generic[V]):
@@ -128,7 +150,7 @@ class _Memory(Generic[V]):
         return value
 
 
-def _whole(head: H | None) -> H:
+def _whole(head: ResponseHead | None) -> ResponseHead:
     assert head is not None, "called with a whole head"
     return head
 
@@ -137,6 +159,13 @@ def request_bytes(
     head: RequestHead, *, upgrade: bool, host: bytes | None = None, forwarded_host: bytes | None = None
 ) -> bytes:
     """The request as the sandbox will read it: always HTTP/1.1 and origin form; `host` replaces the Host field."""
+    fields = _field_bytes(head, upgrade=upgrade, host=host, forwarded_host=forwarded_host)
+    return b"%b %b HTTP/1.1\r\n%b" % (head.method, _origin(head), fields)
+
+
+def _field_bytes(
+    head: Fields, *, upgrade: bool, host: bytes | None = None, forwarded_host: bytes | None = None
+) -> bytes:
     fields = _end_to_end(head.fields)
     if host is not None:
         fields = [field for field in fields if field[0] not in (b"host", b"x-forwarded-host")]
@@ -149,7 +178,7 @@ def request_bytes(
         fields.append((b"content-length", b"%d" % head.content_length))
     if upgrade and head.upgrade is not None:
         fields += [(b"connection", b"upgrade"), (b"upgrade", head.header(b"upgrade"))]
-    return _join(b"%b %b HTTP/1.1\r\n" % (head.method, _origin(head)), fields)
+    return _join(b"", fields)
 
 
 def response_bytes(head: ResponseHead, *, connection: bytes, chunked: bool = True) -> bytes:

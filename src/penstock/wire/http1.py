@@ -22,12 +22,14 @@ CHUNK_LINE_BYTES_MAX: Final = 256  # size and extensions
 TRAILER_BYTES_MAX: Final = 16 * 1024
 LENGTH_DIGITS_MAX: Final = 18  # below 2**63, so that no peer's integer overflows
 
+_TLS_HANDSHAKE: Final = b"\x16\x03"  # how every ClientHello begins (RFC 8446, 5.1)
 _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]"
 _VALUE = rb"[\t\x20-\x7e\x80-\xff]"
 # Possessive quantifiers: a hostile head costs one pass, never backtracking.
-_REQUEST_LINE: Final = re.compile(rb"(" + _TOKEN + rb"{1,32}) ([\x21-\x7e]+) HTTP/(1\.[01])")
+_REQUEST_LINE: Final = re.compile(rb"(" + _TOKEN + rb"{1,32}) ([\x21-\x7e]++) HTTP/(?=1\.[01]\r\n)")
 _STATUS_LINE: Final = re.compile(rb"HTTP/(1\.[01]) ([1-9][0-9]{2})(?: (" + _VALUE + rb"*))?")
 _FIELDS: Final = re.compile(rb"(?:" + _TOKEN + rb"++:" + _VALUE + rb"*+\r\n)*+")
+_FIELD: Final = re.compile(rb"([^:]++):[\t ]*+([^\r]*+)\r\n")  # cuts what _FIELDS has passed
 _HOST: Final = re.compile(rb"[A-Za-z0-9\-._~%!$&'()*+,;=\[\]:]*")
 _CHUNK_LINE: Final = re.compile(rb"([0-9A-Fa-f]{1,15})(?:;" + _VALUE + rb"*)?")
 _ABSOLUTE: Final = re.compile(rb"https?://[^/?#]*", re.IGNORECASE)
@@ -54,22 +56,22 @@ class Framing(Enum):
     UNTIL_CLOSE = "until close"  # responses only
 
 
-class Head:
-    """What requests and responses share. Field names are lower case; values are stripped of surrounding blanks.
+class Fields:
+    """The fields of a message and what they say of it. Names are lower case; values have no blanks around them.
 
-    `size` is how many bytes of the buffer the head took, the empty line included; `raw` is those very bytes.
+    Of a request this is all but method and target, and depends on nothing else: the ingress keeps it by its bytes.
     `content_length` is 0 unless `framing` is LENGTH. `upgrade` is the wanted protocol, lower case, or None.
     """
 
-    __slots__ = ("content_length", "fields", "framing", "keep_alive", "minor", "raw", "size", "upgrade")
+    __slots__ = ("content_length", "expects_continue", "fields", "framing", "keep_alive", "minor", "upgrade")
 
-    def __init__(self, minor: int, fields: list[Field], raw: bytes) -> None:
-        self.minor, self.fields, self.raw = minor, fields, raw
-        self.size = len(raw)
+    def __init__(self, minor: int, fields: list[Field]) -> None:
+        self.minor, self.fields = minor, fields
         self.framing = Framing.NONE
         self.content_length = 0
         self.keep_alive = minor == 1
         self.upgrade: bytes | None = None
+        self.expects_continue = False  # requests only
 
     @property
     def headers(self) -> list[Field]:
@@ -87,15 +89,20 @@ class Head:
         return default
 
 
-class RequestHead(Head):
-    """A parsed request head."""
+class RequestHead(Fields):
+    """A parsed request head. `size` is how many bytes of the buffer it took, the empty line included."""
 
-    __slots__ = ("expects_continue", "method", "target")
+    __slots__ = ("method", "raw", "target")
 
-    def __init__(self, method: bytes, target: bytes, minor: int, fields: list[Field], raw: bytes) -> None:
-        super().__init__(minor, fields, raw)
-        self.method, self.target = method, target
-        self.expects_continue = False
+    def __init__(self, method: bytes, target: bytes, told: Fields, raw: bytes) -> None:
+        self.method, self.target, self.raw = method, target, raw
+        self.minor, self.fields, self.framing = told.minor, told.fields, told.framing
+        self.content_length, self.expects_continue = told.content_length, told.expects_continue
+        self.keep_alive, self.upgrade = told.keep_alive, told.upgrade
+
+    @property
+    def size(self) -> int:
+        return len(self.raw)
 
     @property
     def path(self) -> bytes:
@@ -108,14 +115,14 @@ class RequestHead(Head):
         return _origin_form(self.target).partition(b"?")[2]
 
 
-class ResponseHead(Head):
-    """A parsed status line and its fields."""
+class ResponseHead(Fields):
+    """A parsed status line and its fields. `size` is how many bytes of the buffer they took."""
 
-    __slots__ = ("reason", "status")
+    __slots__ = ("reason", "size", "status")
 
-    def __init__(self, status: int, reason: bytes, minor: int, fields: list[Field], raw: bytes) -> None:
-        super().__init__(minor, fields, raw)
-        self.status, self.reason = status, reason
+    def __init__(self, status: int, reason: bytes, minor: int, fields: list[Field], size: int) -> None:
+        super().__init__(minor, fields)
+        self.status, self.reason, self.size = status, reason, size
 
 
 def parse_request_head(buffer: bytes | bytearray) -> RequestHead | None:
@@ -127,16 +134,30 @@ def parse_request_head(buffer: bytes | bytearray) -> RequestHead | None:
     raw = _take_head(buffer)
     if raw is None:
         return None
-    line, _, rest = raw.partition(b"\r\n")
-    found = _REQUEST_LINE.fullmatch(line)
+    method, target, rest = split_request(raw)
+    return RequestHead(method, target, parse_request_fields(rest), raw)
+
+
+def split_request(raw: bytes) -> tuple[bytes, bytes, bytes]:
+    """Method, target, and the rest of a whole head: `1.1\\r\\nHost: …`, for `parse_request_fields`.
+
+    Nothing in the rest can change what the two mean, nor they what it means; so it may be remembered by its bytes.
+    Raises BadRequest: 400 malformed, 505 another HTTP version.
+    """
+    found = _REQUEST_LINE.match(raw)
     if found is None:
-        raise _bad_request_line(line)
-    method, target, version = found.groups()
-    _check_target(method, target)
-    fields = _split_fields(rest)
-    head = RequestHead(method, target, 1 if version == b"1.1" else 0, fields, raw)
-    _frame_request(head)
-    return head
+        raise _bad_request_line(raw.partition(b"\r\n")[0])
+    method, target = found.groups()
+    if not target.startswith(b"/"):
+        _check_target(method, target)
+    return method, target, raw[found.end() :]
+
+
+def parse_request_fields(rest: bytes) -> Fields:
+    """What `split_request` left of a head. Raises BadRequest: 400 malformed, 431 too many fields, 501 a coding."""
+    told = Fields(1 if rest.startswith(b"1.1") else 0, _split_fields(rest[5:]))
+    _frame_request(told)
+    return told
 
 
 def parse_response_head(buffer: bytes | bytearray, *, method: bytes = b"GET") -> ResponseHead | None:
@@ -160,7 +181,7 @@ def _parse_response(buffer: bytes | bytearray, method: bytes) -> ResponseHead | 
     if found is None:
         raise BadRequest(502, "malformed status line")
     version, status, reason = found.groups()
-    head = ResponseHead(int(status), reason or b"", 1 if version == b"1.1" else 0, _split_fields(rest), raw)
+    head = ResponseHead(int(status), reason or b"", 1 if version == b"1.1" else 0, _split_fields(rest), len(raw))
     length, coded, _ = _read_framing(head)
     if (
         head.status < 200
@@ -294,12 +315,16 @@ def _take_head(buffer: bytes | bytearray) -> bytes | None:
 
 
 def _refuse_early(buffer: bytes | bytearray) -> None:
-    """Do not wait for the end of something that cannot become a head: a bare LF, or no line where a line must be."""
+    """Do not wait for the end of what cannot become a head: a bare LF, no line where one must be, another protocol."""
     first = buffer.find(b"\n")
     if first == 0 or (first > 0 and buffer[first - 1] != 13):
         raise BadRequest(400, "a line does not end in CRLF")
     if buffer.startswith(b"\r"):
         raise BadRequest(400, "empty request line")
+    if buffer.startswith(_TLS_HANDSHAKE):
+        raise BadRequest(400, "this is TLS, and plain HTTP is spoken here")
+    if buffer and not b"\x20" < buffer[:1] < b"\x7f":
+        raise BadRequest(400, "this is not HTTP")
 
 
 def _bad_request_line(line: bytes) -> BadRequest:
@@ -309,7 +334,7 @@ def _bad_request_line(line: bytes) -> BadRequest:
 
 
 def _check_target(method: bytes, target: bytes) -> None:
-    if target.startswith(b"/") or method == b"CONNECT" or _ABSOLUTE.match(target):
+    if method == b"CONNECT" or _ABSOLUTE.match(target):
         return
     if target == b"*" and method == b"OPTIONS":
         return
@@ -321,17 +346,13 @@ def _split_fields(rest: bytes) -> list[Field]:
     block = rest[:-2]
     if _FIELDS.fullmatch(block) is None:
         raise BadRequest(400, "malformed header field")
-    lines = block.split(b"\r\n")
-    if len(lines) - 1 > FIELDS_MAX:
+    found = _FIELD.findall(block)
+    if len(found) > FIELDS_MAX:
         raise BadRequest(431, f"more than {FIELDS_MAX} header fields")
-    fields: list[Field] = []
-    for line in lines[:-1]:
-        name, _, value = line.partition(b":")
-        fields.append((name.lower(), value.strip(b" \t")))
-    return fields
+    return [(name.lower(), value.rstrip(b" \t")) for name, value in found]
 
 
-def _frame_request(head: RequestHead) -> None:
+def _frame_request(head: Fields) -> None:
     length, coded, hosts = _read_framing(head)
     if hosts > 1 or (hosts == 0 and head.minor == 1):
         raise BadRequest(400, "exactly one Host field is needed")
@@ -349,7 +370,7 @@ def _frame_request(head: RequestHead) -> None:
     )
 
 
-def _read_framing(head: RequestHead | ResponseHead) -> tuple[int | None, bool, int]:
+def _read_framing(head: Fields) -> tuple[int | None, bool, int]:
     """(Content-Length or None, chunked?, number of Host fields); sets `keep_alive` and `upgrade`."""
     length: int | None = None
     coded, hosts = False, 0

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from penstock.ingress import decide
 from penstock.ingress.decide import Own, Signed, choose, is_reserved, read
 from penstock.ingress.pages import Refusal
 from penstock.ingress.table import Route, Table
@@ -172,3 +175,15 @@ def test_unknown_paused_and_unread_tables_differ():
 
 def test_reserved_names_are_compared_whole():
     assert is_reserved(b"/init") and not is_reserved(b"/init2") and not is_reserved(b"/") and not is_reserved(b"*")
+
+
+@given(st.text("/.%2eEfFiInNtT5cC;\\x \t", max_size=16).map(str.encode))
+def test_a_path_that_needs_no_undoing_is_judged_as_if_it_did(path):
+    thorough = path.startswith(b"/") and is_reserved(b"/%2e" + path)  # the escape forbids the short way
+    assert is_reserved(path) is thorough or not path.startswith(b"/")
+
+
+def test_the_short_way_is_taken_for_what_has_one_spelling_only():
+    assert decide._SPELLED.search(b"/process.Process/Start") is None
+    for path in (b"/%69nit", b"//init", b"/./init", b"/x/../init", b"/init;a", b"/\\init"):
+        assert decide._SPELLED.search(path) is not None

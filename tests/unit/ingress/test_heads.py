@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from penstock.ingress.heads import KEPT_MAX, Heads, mask, request_bytes
-from penstock.wire.http1 import BadRequest, parse_request_head, parse_response_head
+from penstock.wire.http1 import BadRequest, parse_request_fields, parse_request_head, parse_response_head
 
 
 def forwarded(raw: bytes, **options: object) -> dict[bytes, list[bytes]]:
@@ -97,6 +97,64 @@ def test_what_is_remembered_is_bounded():
         for _ in range(3):
             heads.asked(raw)
     assert len(heads._asked.kept) <= KEPT_MAX
+    for number in range(KEPT_MAX + 10):
+        for path in range(3):
+            heads.asked(b"GET /%d HTTP/1.1\r\nHost: localhost\r\nN: %d\r\n\r\n" % (path, number))
+    assert len(heads._told.kept) <= KEPT_MAX
+
+
+LINES = [
+    f"{method} {target} HTTP/{version}\r\n".encode()
+    for method in ("GET", "HEAD", "POST", "OPTIONS", "CONNECT")
+    for target in ("/", "/init", "/%69nit", "*", "http://localhost/x", "http://other/x", "/files?signature=v1_x", "a b")
+    for version in ("1.1", "1.0", "1.2")
+]
+FIELDS = [
+    "".join(f"{line}\r\n" for line in lines).encode()
+    for lines in (
+        ["Host: localhost", "E2b-Sandbox-Id: iabc", "E2b-Sandbox-Port: 49983"],
+        ["Host: localhost", "E2b-Sandbox-Id: iabc", "E2b-Sandbox-Port: 8000", "Content-Length: 5"],
+        ["Host: 8000-iabc.x.org", "Connection: Upgrade", "Upgrade: websocket"],
+        ["Host: 49983-iabc.x.org", "Connection: Upgrade", "Upgrade: websocket"],
+        ["Host: localhost", "Transfer-Encoding: chunked", "Connection: close"],
+        ["Host: localhost", "Transfer-Encoding: chunked", "Content-Length: 5"],
+        ["Host: localhost"],
+        [],
+    )
+]
+
+
+def outcome(heads: Heads, raw: bytes) -> object:
+    try:
+        asked = heads.asked(raw)
+    except BadRequest as bad:
+        return bad.status, bad.why
+    kept = asked.head.framing, asked.head.content_length, asked.keep_alive, asked.upgrade, asked.minor, asked.replayable
+    return asked.aim, asked.forward, *kept
+
+
+@given(st.lists(st.tuples(st.sampled_from(LINES), st.sampled_from(FIELDS)), min_size=1, max_size=60))
+def test_what_was_remembered_of_other_requests_changes_nothing(requests):
+    heads = Heads()
+    for line, fields in requests * 3:  # remembered at the second time, used from the third on
+        raw = line + fields + b"\r\n"
+        assert outcome(heads, raw) == outcome(Heads(), raw)
+
+
+def test_fields_are_parsed_once_for_many_targets(monkeypatch):
+    parsed = 0
+
+    def counted(rest: bytes) -> object:
+        nonlocal parsed
+        parsed += 1
+        return parse_request_fields(rest)
+
+    monkeypatch.setattr("penstock.ingress.heads.parse_request_fields", counted)
+    heads = Heads()
+    for number in range(100):
+        asked = heads.asked(b"GET /%d HTTP/1.1\r\nHost: 8000-iabc.x.org\r\n\r\n" % number)
+        assert asked.forward == b"GET /%d HTTP/1.1\r\nhost: 8000-iabc.x.org\r\n\r\n" % number
+    assert parsed == 2
 
 
 _token = st.text("abcdefghijklmnopqrstuvwxyzABC-_!~", min_size=1, max_size=12).map(str.encode)

@@ -143,6 +143,13 @@ def test_a_head_cut_anywhere_waits_for_more() -> None:
         assert http1.parse_request_head(raw[:cut]) is None
 
 
+@pytest.mark.parametrize("raw", [b"\x16\x03\x01\x02\x00\x01", b"\x16\x03", b"\x00", b"\xff\xfeGET", b" GET /"])
+def test_another_protocol_is_refused_at_its_first_bytes(raw: bytes) -> None:
+    with pytest.raises(BadRequest) as refused:
+        http1.parse_request_head(raw)
+    assert refused.value.status == 400
+
+
 def test_what_follows_the_head_is_left_alone() -> None:
     raw = HARMLESS[0]
     head = http1.parse_request_head(bytearray(raw + b"GET /next"))
