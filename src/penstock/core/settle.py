@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable
+from types import CoroutineType
 from typing import Final, Generic, TypeVar, cast
 
 from penstock.core.deadlines import DeadlinePassed, Pulse, within
@@ -76,6 +77,9 @@ async def settled(aw: Awaitable[T], *, within_s: float, what: str) -> Outcome[T]
     work = loop.create_task(_bounded(aw, within_s, what), name=f"settle {what}")
     ended = Pulse()
     work.add_done_callback(lambda _: ended.fire())
+    if isinstance(aw, CoroutineType):
+        # Cancelled before its first step, a task never awaits what it was given. A no-op for what has ended.
+        work.add_done_callback(lambda _: aw.close())
     give_up_at = loop.time() + within_s + CANCEL_S
     cancelled: asyncio.CancelledError | None = None
     while True:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import warnings
 
 import pytest
 
@@ -147,3 +149,27 @@ async def test_the_end_of_the_program_goes_straight_through() -> None:
 
     with pytest.raises(Killed):
         await settle(dies(), within_s=60, what="work")
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_work_that_is_cancelled_before_its_first_step_is_closed() -> None:
+    """As at the end of a world, or of a loop: every task is cancelled, also the one that was made a moment ago."""
+    begun: list[str] = []
+
+    async def work() -> None:
+        begun.append("work")
+
+    async def main() -> None:
+        settling = asyncio.ensure_future(settle(work(), within_s=1, what="it"))
+        before = asyncio.all_tasks()
+        await asyncio.sleep(0)
+        for task in asyncio.all_tasks() - before:
+            task.cancel()
+        with pytest.raises(Interrupted):
+            await settling
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        asyncio.run(main())
+        gc.collect()
+    assert begun == []
