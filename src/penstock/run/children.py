@@ -80,7 +80,7 @@ async def start(name: str, argv: list[str], *, pid_file: Path, log: Path) -> Chi
     Raises ChildFailed with the end of its log; the process is gone by then. If cancelled, likewise.
     """
     pid_file.unlink(missing_ok=True)  # noqa: ASYNC240 - one unlink
-    with log.open("ab") as output:
+    with open(log, "ab", opener=_private) as output:  # noqa: ASYNC230 - one open
         began = output.tell()
         process = subprocess.Popen(  # noqa: ASYNC220 - fork and exec of a fixed argv: about a millisecond, once
             argv, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True, close_fds=True
@@ -195,9 +195,17 @@ def _tail(log: Path, began: int, size: int = 2000) -> str:
         return str(error)
 
 
+def _private(path: str, flags: int) -> int:
+    fd = os.open(path, flags | os.O_CLOEXEC, 0o600)
+    os.fchmod(fd, 0o600)  # also one that an earlier version made
+    return fd
+
+
 def announce(pid_file: Path, **facts: object) -> None:
     """Write our own pid file, atomically: a reader sees all of it or nothing."""
     told = {"pid": os.getpid(), "start_ticks": start_ticks(os.getpid()), "at": time.time(), **facts}
     part = pid_file.with_suffix(f".{os.getpid()}.part")
-    part.write_text(json.dumps(told))
+    fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    with os.fdopen(fd, "w") as file:
+        file.write(json.dumps(told))
     part.rename(pid_file)

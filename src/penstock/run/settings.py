@@ -19,6 +19,7 @@ import msgspec
 
 from penstock.model.errors import Invalid
 from penstock.model.units import parse_bytes, parse_seconds
+from penstock.node.linux.claims import SLOTS_PER_BLOCK, blocks_in
 
 DATA_DEFAULT: Final = "/var/lib/penstock"
 ENV_PREFIX: Final = "PENSTOCK_"
@@ -169,7 +170,7 @@ def _check(settings: Settings) -> None:
         raise Invalid("team_timeout_s_max", f"{settings.team_timeout_s_max} is not between 0 and 366 days")
     if settings.log_level not in LOG_LEVELS:
         raise Invalid("log_level", f"{settings.log_level!r} is not one of {', '.join(LOG_LEVELS)}")
-    _check_network(settings.network_cidr)
+    _check_network(settings.network_cidr, settings.slots_max)
     if bool(settings.tls_cert) != bool(settings.tls_key):
         raise Invalid("tls_cert", "a certificate needs its key, and a key its certificate", now="give both or none")
     for name in ("tls_cert", "tls_key"):
@@ -179,11 +180,14 @@ def _check(settings: Settings) -> None:
         raise Invalid("domain", f"{settings.domain!r} is not a domain name", now="write it as sbx.example.com")
 
 
-def _check_network(text: str) -> None:
-    """Where addresses of sandboxes may come from. Its least size is the node's to judge."""
+def _check_network(text: str, slots: int) -> None:
+    """Where addresses of sandboxes may come from, and that there is room for those of `slots`."""
     try:
         network = ipaddress.IPv4Network(text)
     except ValueError as bad:
         raise Invalid("network_cidr", str(bad), now="write it as 10.201.0.0/16") from None
     if not network.is_private or network.is_loopback or network.is_link_local or network.prefixlen < 8:
         raise Invalid("network_cidr", f"{text} is not a private network", now="take one such as 10.201.0.0/16")
+    room = blocks_in(text) * SLOTS_PER_BLOCK
+    if room < slots:
+        raise Invalid("network_cidr", f"{text} has addresses for {room} slots, and slots_max is {slots}")

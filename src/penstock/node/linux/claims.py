@@ -100,7 +100,7 @@ class Claims:
         `data` is its data folder. Raises HostFull, Invalid (the network is too small), or Conflict when another
         living data folder carries the same installation id (a copied folder).
         """
-        room = _blocks_in(network)
+        room = blocks_in(network)
         wanted = -(-slots // SLOTS_PER_BLOCK)
         with self.locked():
             claims = self._read_all()
@@ -246,7 +246,8 @@ def _blocks_of(claim: _Claim) -> range:
     return range(first, first + -(-claim.count // SLOTS_PER_BLOCK))
 
 
-def _blocks_in(network: str) -> int:
+def blocks_in(network: str) -> int:
+    """How many blocks fit into `network`. Raises Invalid when it is not one, or has no room for any."""
     try:
         parsed = ipaddress.IPv4Network(network)
     except ValueError as bad:
