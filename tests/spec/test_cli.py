@@ -45,6 +45,38 @@ def test_exec_ends_as_the_command_did(one, box, command, code):
     )
 
 
+@pytest.mark.parametrize(
+    ("command", "code", "words"),
+    [
+        ("nosuch", 127, "penstock: nosuch: command not found\n"),
+        ("/no/such", 127, "penstock: /no/such: No such file or directory\n"),
+        ("/etc/passwd", 126, "penstock: command '/etc/passwd' may not be run: Permission denied\n"),
+    ],
+)
+def test_exec_of_what_cannot_be_run_ends_as_a_shell_does(one, box, command, code, words):
+    ran = one.run("sandbox", "exec", box, "--", command, check=False, stdin=subprocess.DEVNULL)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (code, "", words)
+
+
+def test_show_is_a_table_and_json_stays_whole(one, box):
+    lines = one.run("sandbox", "show", box).stdout.splitlines()
+    shown = dict(line.split("\t") for line in lines[1:])
+    assert lines[0] == "FIELD\tVALUE"
+    assert (shown["sandboxID"], shown["phase"], shown["network.allowPublicTraffic"]) == (box, "ready", "yes")
+    assert not any("{" in line or "[" in line for line in lines)
+    whole = json.loads(one.run("sandbox", "show", box, "--json").stdout)
+    assert whole["network"] == {"allowPublicTraffic": True, "allowOut": [], "denyOut": []}
+    assert whole["sandboxID"] == box
+
+
+def test_what_an_installation_writes_is_for_root_alone(one, box):
+    """Also what lies below a folder that only root enters. Layers are open to the ids of sandboxes."""
+    others = [path for path in one.data.rglob("*") if not path.is_symlink() and path.stat().st_mode & 0o077]
+    assert [
+        path for path in others if one.data / "layers" not in path.parents and path != one.data / "run/router"
+    ] == []
+
+
 def test_refusals_have_exit_codes_of_their_own(one, box):
     assert one.run("sandbox", "show", "inosuch00000000000000", check=False).returncode == 4
     assert one.run("sandbox", "create", "nosuch", check=False).returncode == 4
@@ -109,7 +141,6 @@ def test_doctor_ends_with_a_sandbox_that_came_and_went(tmp_path: Path):
         ("--api", "{taken}", "the API cannot listen: {taken}"),
         ("--ingress", "{taken}", "cannot listen: {taken}"),
         ("--tls", "nosuch.invalid:0", "cannot listen: nosuch.invalid:0"),
-        ("--network-cidr", "10.0.0.0/30", "network_cidr"),
     ],
 )
 def test_a_first_start_that_fails_says_why_and_leaves_nothing(tmp_path: Path, option, value, words):
@@ -133,6 +164,14 @@ def test_a_first_start_that_fails_says_why_and_leaves_nothing(tmp_path: Path, op
     assert not [*Path("/sys/fs/cgroup").glob(f"**/penstock-{installation}*")]
     assert not [line for line in Path("/proc/mounts").read_text().splitlines() if str(data) in line]
     assert not [link for link in os.listdir("/sys/class/net") if installation in link]
+
+
+def test_a_network_without_room_is_told_before_anything_is_made(tmp_path: Path):
+    data = tmp_path / "data"
+    environ = {**os.environ, "PENSTOCK_NETWORK_CIDR": "10.0.0.0/30"}
+    ran = subprocess.run([PENSTOCK, "up", "--data", str(data)], capture_output=True, text=True, timeout=60, env=environ)
+    assert (ran.returncode, ran.stdout, data.exists()) == (2, "", False)
+    assert ran.stderr.startswith("penstock: network_cidr: 10.0.0.0/30 is too small")
 
 
 def test_a_data_folder_with_a_long_path_works(tmp_path: Path):

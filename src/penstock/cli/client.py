@@ -41,6 +41,10 @@ class CallFailed(PenstockError):
         self.kind = kind  # type: ignore[misc]  # of this one, where other errors have one per class
 
 
+class CommandRefused(CallFailed):
+    """The guest did not start the command: it is not there (NOT_FOUND), or may not be run (FORBIDDEN)."""
+
+
 class Client:
     """One installation, synchronously. Close with `close()` or use as a context manager."""
 
@@ -143,7 +147,7 @@ def _events(response: httpx.Response) -> Iterator[dict[str, Any]]:
                 error = message.get("error")
                 if error:
                     code = error.get("code", "internal")
-                    raise CallFailed(error.get("message", code), kind=_kind_of(code))
+                    raise CommandRefused(error.get("message", code), kind=_kind_of(code))
                 return
             yield message["event"]
     raise CallFailed("the sandbox ended while the command ran")

@@ -10,9 +10,11 @@ from typing import Annotated, Any, Final, Optional
 
 import typer
 
-from penstock.cli.show import as_json, fails_clearly, note, table
+from penstock.cli.show import as_json, fails_clearly, fields, note, table
 
 CHUNK_BYTES: Final = 256 * 1024
+CANNOT_BE_RUN: Final = 126  # as a shell ends (POSIX, 2.8.2)
+NOT_THERE: Final = 127
 
 app = typer.Typer(help="Work with sandboxes.", no_args_is_help=True)
 
@@ -99,8 +101,7 @@ def show(id: Id, data: Data = None, json: Json = False) -> None:
     if json:
         as_json(body)
         return
-    for key, value in body.items():
-        print(f"{key:22} {value}")
+    table(["FIELD", "VALUE"], list(fields(body)), empty="")
 
 
 @app.command("exec", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -114,7 +115,7 @@ def exec_(
     data: Data = None,
 ) -> None:
     """Run a command: penstock sandbox exec ID -- ls -la. Its exit code is ours (128 and the number of a signal that
-    ended it); Ctrl-C kills it, and so does a reader of our output that goes away.
+    ended it, 127 when there is no such command); Ctrl-C kills it, and so does a reader of our output that goes away.
     """
     argv = context.args
     if not argv:
@@ -218,7 +219,9 @@ def kill(ids: Annotated[list[str], typer.Argument(help="Sandbox ids.")], data: D
 
 
 def _run(client: Any, box: dict[str, Any], message: dict[str, Any], user: str | None, *, piped: bool) -> int:
+    from penstock.cli.client import CommandRefused
     from penstock.cli.terminal import exit_code
+    from penstock.core.errors import Kind
 
     pid = 0
     try:
@@ -231,6 +234,15 @@ def _run(client: Any, box: dict[str, Any], message: dict[str, Any], user: str | 
                 _print(event["data"])
             elif "end" in event:
                 return exit_code(event["end"])
+    except CommandRefused as refused:
+        command = message["process"]["cmd"]
+        if pid or refused.kind not in (Kind.NOT_FOUND, Kind.FORBIDDEN):
+            raise
+        if refused.kind is Kind.FORBIDDEN:
+            note(f"penstock: {refused}")
+            return CANNOT_BE_RUN
+        note(f"penstock: {command}: {'No such file or directory' if '/' in command else 'command not found'}")
+        return NOT_THERE
     except (KeyboardInterrupt, BrokenPipeError):
         if pid:
             selector = {"process": {"pid": pid}, "signal": "SIGNAL_SIGKILL"}

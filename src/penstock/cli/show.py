@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import wraps
 from typing import Any, Final, TypeVar
 
@@ -50,6 +50,20 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, empty: st
     for row in listed:
         shown.add_row(*row)
     Console().print(shown)
+
+
+def fields(body: Mapping[str, Any], within: str = "") -> Iterator[tuple[str, str]]:
+    """An object as rows for a person: what is nested gets a dotted name, what is empty a dash."""
+    for key, value in body.items():
+        name = f"{within}.{key}" if within else key
+        if isinstance(value, Mapping) and value:
+            yield from fields(value, name)
+        elif isinstance(value, bool):
+            yield name, "yes" if value else "no"
+        elif isinstance(value, list | tuple):
+            yield name, ", ".join(str(item) for item in value) or "-"
+        else:
+            yield name, str(value) if value or value == 0 else "-"
 
 
 def note(text: str) -> None:
