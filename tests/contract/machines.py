@@ -139,6 +139,7 @@ class SimulatedMachine:
     def _take_ports(self) -> None:
         self._lives += 1
         ports = self.kernel.ports(Life(self._lives))
+        self.guests = ports.guests
         self.launcher, self.cgroups, self.network = ports.launcher, ports.cgroups, ports.network
         self.disks, self.files, self.strays = ports.disks, ports.files, ports.strays
 

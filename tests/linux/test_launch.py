@@ -169,7 +169,7 @@ async def test_pid_1_keeps_only_what_it_was_given(inside: Sandbox) -> None:
     groups = [link for link in kinds if "tasks" in link or "cgroup" in link]
     logs = [link for link in kinds if link.endswith("guest.log")]
     rest = [link for link in kinds if link not in groups and link not in logs]
-    assert rest == ["/dev/null", "socket", "socket"]
+    assert rest == ["/", "/dev/null", "socket", "socket"]  # the first is the disk, which it can sync by it
 
 
 async def test_sudo_gives_the_sandboxes_own_root(inside: Sandbox) -> None:

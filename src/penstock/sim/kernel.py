@@ -16,7 +16,6 @@ from penstock.model.errors import LaunchFailed, NotTheSlot, Unavailable
 from penstock.model.sandbox import EgressRules, Limits
 from penstock.node.egress_rules import compile_rules
 from penstock.node.ports import CgroupUsage, Disk, Guests, LaunchOrder, Notice, Ports, Slot, Stray
-from penstock.sim import loop as virtual
 from penstock.sim.guests import Guest, Manner
 from penstock.sim.machinery import FOREVER_S, Dead, Life, Machinery, Proc
 
@@ -327,7 +326,7 @@ class SimGuests:
         self._kernel.trace.say("notice", name=_sandbox(run_dir), epoch=notice.epoch)
 
     async def quiesce(self, run_dir: str, *, within_s: float) -> float:
-        at = virtual.EPOCH + asyncio.get_running_loop().time()
+        at = self._kernel.wall()
         async with within(within_s, f"quiesce of the guest of {_sandbox(run_dir)}"):
             await self._reach(run_dir)
             if self._kernel.in_person is not None:

@@ -14,6 +14,7 @@ from typing import Final
 from penstock.core.deadlines import within
 from penstock.model.sandbox import EgressRules, Limits
 from penstock.node.ports import LaunchOrder, Notice
+from penstock.sim import loop as virtual
 from penstock.sim.faults import Faults
 from penstock.sim.guests import Guest, Nursery
 from penstock.sim.trace import Trace
@@ -75,6 +76,7 @@ class Machinery:
     def __init__(self, *, faults: Faults, nursery: Nursery, trace: Trace) -> None:
         self.faults, self.nursery, self.trace = faults, nursery, trace
         self.told: Callable[[str, str, str], None] = lambda kind, name, verb: None
+        self.wall = virtual.SimClock(asyncio.get_running_loop()).wall  # guests' clock; a world puts its own here
         self.boots = 1
         self.processes: dict[int, Proc] = {}
         self.cgroups: dict[str, bool] = {}  # name → frozen

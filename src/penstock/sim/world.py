@@ -91,6 +91,7 @@ class World:
         self.kernel = Kernel(
             faults=self.faults, nursery=Nursery(fork(rng), odd=self.rates.odd_guests), trace=self.trace
         )
+        self.kernel.wall = self.clock.wall
         self.facts = Facts()
         self.checkers = Checkers(self.kernel, self.facts, self.trace, self.clock.wall)
         self.checkers.slack_s = 2.5 if self.rates.slow or self.rates.failure else 0.05
