@@ -171,8 +171,14 @@ class Network(Protocol):
 
 
 class Disks(Protocol):
-    async def create(self, name: str, limits: Limits) -> Disk:
-        """Raises FileExistsError when it is there."""
+    """Disks of sandboxes, and images: what was kept of a disk. An image is immutable, and nobody's until it is named
+    by a snapshot in the store."""
+
+    async def create(self, name: str, limits: Limits, *, image: str | None = None) -> Disk:
+        """Empty, or with the contents of `image`, which stays. Raises FileExistsError when the disk is there.
+
+        Raises FileNotFoundError when the image is not.
+        """
 
     async def remove(self, name: str, *, within_s: float) -> None:
         """Unlink the image and verify that no loop device holds it. Absent is success.
@@ -184,6 +190,24 @@ class Disks(Protocol):
 
     def used_bytes(self, name: str) -> int:
         """What it takes on the host's disk. Raises FileNotFoundError when it is absent."""
+
+    async def keep(self, name: str, image: str, *, within_s: float) -> int:
+        """Keep a disk that no process uses any more as `image`, verified and on the host's disk: the bytes it takes.
+
+        The disk is left for `remove`. Idempotent: an image that is there is kept as it is. Raises FileNotFoundError
+        when there is neither, DeadlinePassed while a process uses the disk, OSError with no image left.
+        """
+
+    async def copy(self, name: str, image: str, *, within_s: float) -> int:
+        """Keep a copy of a disk in use, as it is at one moment in the call. Whoever writes to it waits meanwhile.
+
+        Raises FileExistsError, FileNotFoundError, DeadlinePassed or OSError, with no image left.
+        """
+
+    def list_images(self) -> set[str]: ...
+
+    def remove_image(self, image: str) -> None:
+        """Absent is success."""
 
 
 class Files(Protocol):

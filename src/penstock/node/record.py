@@ -17,8 +17,8 @@ import msgspec
 
 from penstock.core.errors import Kind, PenstockError
 from penstock.core.ledger import Entry, State
-from penstock.model.ids import BuildId, SandboxId, TeamId
-from penstock.model.sandbox import KillReason, Phase, SandboxSpec
+from penstock.model.ids import BuildId, SandboxId, SnapshotId, TeamId
+from penstock.model.sandbox import KillReason, OnTimeout, Phase, SandboxSpec
 from penstock.node.ports import Files
 
 FORMAT: Final = 1  # of a line; a reader refuses higher ones
@@ -49,6 +49,7 @@ class Born(Line, tag="born", frozen=True, kw_only=True):
     at: float  # wall seconds
     end_at: float  # wall seconds
     boot_id: str
+    on_timeout: OnTimeout = OnTimeout.KILL  # a restarted daemon must not kill at the end of one that is to be paused
 
 
 class Owned(Line, tag="owned", frozen=True, kw_only=True):
@@ -86,6 +87,13 @@ class Due(Line, tag="due", frozen=True, kw_only=True):
     end_at: float  # wall seconds; the last one counts
 
 
+class Parking(Line, tag="parking", frozen=True, kw_only=True):
+    """From here on its disk is kept as this snapshot, whatever ends it. Written before anything is ended."""
+
+    snapshot: SnapshotId
+    because: str = ""
+
+
 class Pooled(Line, tag="pooled", frozen=True, kw_only=True):
     """First line of a pooled slot or disk."""
 
@@ -109,6 +117,7 @@ class Remembered(msgspec.Struct, frozen=True, kw_only=True):
     because: str
     kill_reason: KillReason | None
     end_at: float
+    parking: SnapshotId | None = None
 
     @property
     def held(self) -> tuple[str, ...]:
@@ -139,6 +148,7 @@ class SandboxRecord:
                 at=now,
                 end_at=spec.end_at,
                 boot_id=boot_id,
+                on_timeout=spec.on_timeout,
             )
         )
 
@@ -179,7 +189,7 @@ class _Version(msgspec.Struct):
     v: int
 
 
-_AnyLine = Born | Owned | Pid | Moved | Due | Pooled | Lent
+_AnyLine = Born | Owned | Pid | Moved | Due | Parking | Pooled | Lent
 _STATES: Final = frozenset(state.value for state in State)
 _encoder = msgspec.json.Encoder()
 _decoder = msgspec.json.Decoder(_AnyLine)
@@ -203,6 +213,7 @@ def read_sandbox(files: Files, sandbox: str) -> Remembered | None:
     pid: Pid | None = None
     moved = Moved(phase=Phase.CREATING)
     end_at = born.end_at
+    parking: SnapshotId | None = None
     owned: list[Owned] = []
     for line in lines[1:]:
         match line:
@@ -217,6 +228,8 @@ def read_sandbox(files: Files, sandbox: str) -> Remembered | None:
                 moved = line
             case Due():
                 end_at = line.end_at
+            case Parking():
+                parking = line.snapshot
             case _:
                 raise _unreadable(sandbox, f"a line of kind {type(line).__name__.lower()} does not belong here")
     return Remembered(
@@ -227,6 +240,7 @@ def read_sandbox(files: Files, sandbox: str) -> Remembered | None:
         because=moved.because,
         kill_reason=moved.kill_reason,
         end_at=end_at,
+        parking=parking,
     )
 
 

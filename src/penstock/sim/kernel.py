@@ -232,8 +232,10 @@ class SimDisks:
     def __init__(self, kernel: Kernel, life: Life) -> None:
         self._kernel, self._life = kernel, life
 
-    async def create(self, name: str, limits: Limits) -> Disk:
+    async def create(self, name: str, limits: Limits, *, image: str | None = None) -> Disk:
         await self._kernel.step(self._life, f"disk create {name}", 0.002)
+        if image is not None and image not in self._kernel.images:
+            raise FileNotFoundError(errno.ENOENT, "No such file or directory", image)
         if name in self._kernel.disks:
             self._kernel.told("disk", name, "made twice")
             raise FileExistsError(errno.EEXIST, "File exists", name)
@@ -256,6 +258,32 @@ class SimDisks:
         if name not in self._kernel.disks:
             raise FileNotFoundError(errno.ENOENT, "No such file or directory", name)
         return 0
+
+    async def keep(self, name: str, image: str, *, within_s: float) -> int:
+        await self._kernel.release(self._life, f"disk keep {name}", 0.004, within_s)
+        await self._kernel.until(self._life, lambda: not self._in_use(name), f"disk {name} to be unused", within_s)
+        return self._image(name, image)
+
+    async def copy(self, name: str, image: str, *, within_s: float) -> int:
+        await self._kernel.release(self._life, f"disk copy {name}", 0.02, within_s)
+        return self._image(name, image)
+
+    def list_images(self) -> set[str]:
+        self._life.check()
+        return set(self._kernel.images)
+
+    def remove_image(self, image: str) -> None:
+        self._life.check()
+        if self._kernel.images.pop(image, None) is not None:
+            self._kernel.change("image", image, "gone")
+
+    def _image(self, name: str, image: str) -> int:
+        if image not in self._kernel.images:
+            if name not in self._kernel.disks:
+                raise FileNotFoundError(errno.ENOENT, "No such file or directory", name)
+            self._kernel.images[image] = name
+            self._kernel.change("image", image, "made")
+        return 1
 
     def _in_use(self, name: str) -> bool:
         return any(proc.order.disk.name == name for proc in self._kernel.processes.values())

@@ -47,7 +47,7 @@ class Blanks:
         try:
             image = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             try:
-                _copy_data(blank, image)
+                copy_data(blank, image)
             except BaseException:
                 os.close(image)
                 raise
@@ -70,7 +70,8 @@ def mount(number: int) -> int:
     return syscalls.mount_detached("ext4", f"/dev/loop{number}", _OPTIONS, MOUNT_ATTR_NOATIME | MOUNT_ATTR_NODEV)
 
 
-def _copy_data(source: int, target: int) -> None:
+def copy_data(source: int, target: int) -> None:
+    """Copy a sparse file into an empty one: what is not a hole."""
     size = os.fstat(source).st_size
     os.ftruncate(target, size)
     position = 0
@@ -83,7 +84,7 @@ def _copy_data(source: int, target: int) -> None:
         while position < end:
             copied = os.copy_file_range(source, target, end - position, position, position)
             if copied == 0:
-                raise OSError(5, "the blank image shrank while it was copied")
+                raise OSError(5, "the image shrank while it was copied")
             position += copied
 
 

@@ -26,12 +26,14 @@ from penstock.core.settle import settle
 from penstock.model.sandbox import Limits
 from penstock.node.linux import blanks, loops
 from penstock.node.linux.blanks import Blanks
+from penstock.node.linux.images import Images, make_fit, thaw
 from penstock.node.ports import Disk
 
 T = TypeVar("T")
 
 _SUFFIX: Final = ".img"
 _BLANKS: Final = ".blank"
+_IMAGES: Final = ".kept"
 _EXT4_IOC_SHUTDOWN: Final = 0x8004_587D  # _IOR('X', 125, __u32)
 _SHUTDOWN_NO_FLUSH: Final = struct.pack("=I", 2)
 _CREATE_S: Final = 60.0  # 2 ms; the first of a size formats its blank
@@ -52,16 +54,18 @@ class LinuxDisks:
         self._folder = os.path.realpath(folder)
         self._threads = threads
         self._blanks = Blanks(f"{self._folder}/{_BLANKS}")
+        self._images = Images(f"{self._folder}/{_IMAGES}")
         self._held: dict[str, _Held] = {}
         self._loops_before = frozenset(loops.numbers())
         self._loops_used: set[int] = set()
 
-    async def create(self, name: str, limits: Limits) -> Disk:
-        """An empty disk `name` that holds `disk_bytes_max` bytes and `disk_inodes_max` files. About 2 ms.
+    async def create(self, name: str, limits: Limits, *, image: str | None = None) -> Disk:
+        """A disk `name` that holds `disk_bytes_max` bytes and `disk_inodes_max` files. About 2 ms when empty.
 
-        Raises FileExistsError, or OSError with nothing left. If cancelled, it is made all the same, and listed.
+        With `image` it has that one's contents and size. Raises FileExistsError, FileNotFoundError, or OSError with
+        nothing left. If cancelled, it is made all the same, and listed.
         """
-        making = self._in_thread(lambda: self._create(name, limits))
+        making = self._in_thread(lambda: self._create(name, limits, image))
         held = await settle(making, within_s=_CREATE_S, what=f"disk {name}")
         return Disk(name=name, path=self._path(name), mount_fd=held.mount_fd)
 
@@ -75,14 +79,43 @@ class LinuxDisks:
         Raises DeadlinePassed while something still uses the disk (a sandbox that lives): the image stays listed.
         """
         async with within(within_s, f"release of disk {name}"):
-            number = await self._in_thread(lambda: self._let_go(name))
-            pause_s = _PAUSE_FIRST_S
-            # The device is free when the last user's exit has been worked off, of which nothing tells: sysfs raises no
-            # event. When we were that user, as usual, it is free already and nobody sleeps here.
-            while number is not None and await self._in_thread(lambda: loops.backing(number)) == self._path(name):
-                await asyncio.sleep(pause_s)
-                pause_s = min(pause_s * 2, _PAUSE_MAX_S)
+            await self._until_unused(name, await self._in_thread(lambda: self._let_go(name)))
             await self._in_thread(lambda: _unlink(self._path(name)))
+
+    async def keep(self, name: str, image: str, *, within_s: float) -> int:
+        """Unmount the disk, everything written, verify that it is whole, and give it `image` as its second name."""
+        kept = await self._in_thread(lambda: self._images.used_bytes(image))
+        if kept is not None:
+            return kept
+        async with within(within_s, f"unmount of disk {name}"):
+            await self._until_unused(name, await self._in_thread(lambda: self._let_go(name, drop=False)))
+        adopting = self._in_thread(lambda: self._images.adopt(self._path(name), image))
+        return await settle(adopting, within_s=_CREATE_S, what=f"image {image}")
+
+    async def copy(self, name: str, image: str, *, within_s: float) -> int:
+        """Freeze the disk's file system, which writes everything out, copy the image, thaw."""
+        held = self._held.get(name)
+        if held is None:
+            raise FileNotFoundError(errno.ENOENT, "No such disk is mounted", name)
+        copying = self._in_thread(lambda: self._images.copy(self._path(name), held.folder_fd, image))
+        return await settle(copying, within_s=within_s, what=f"copy of disk {name}")
+
+    def list_images(self) -> set[str]:
+        return self._images.names()
+
+    def remove_image(self, image: str) -> None:
+        self._images.remove(image)
+
+    async def _until_unused(self, name: str, number: int | None) -> None:
+        """Until no loop device is backed by the disk. The caller bounds it.
+
+        The device is free when the last user's exit has been worked off, of which nothing tells: sysfs raises no event.
+        When we were that user, as usual, it is free already and nobody sleeps here.
+        """
+        pause_s = _PAUSE_FIRST_S
+        while number is not None and await self._in_thread(lambda: loops.backing(number)) == self._path(name):
+            await asyncio.sleep(pause_s)
+            pause_s = min(pause_s * 2, _PAUSE_MAX_S)
 
     def list_names(self) -> set[str]:
         return {entry[: -len(_SUFFIX)] for entry in os.listdir(self._folder) if entry.endswith(_SUFFIX)}
@@ -102,9 +135,12 @@ class LinuxDisks:
         assert name and "/" not in name and not name.startswith("."), f"not a disk name: {name!r}"
         return f"{self._folder}/{name}{_SUFFIX}"
 
-    def _create(self, name: str, limits: Limits) -> _Held:
+    def _create(self, name: str, limits: Limits, kept: str | None) -> _Held:
         path = self._path(name)
-        image = self._blanks.clone(path, bytes_max=limits.disk_bytes_max, inodes_max=limits.disk_inodes_max)
+        if kept is not None:
+            image = self._images.clone(kept, path)
+        else:
+            image = self._blanks.clone(path, bytes_max=limits.disk_bytes_max, inodes_max=limits.disk_inodes_max)
         try:
             number, device = loops.attach(image)
             try:
@@ -118,6 +154,8 @@ class LinuxDisks:
             os.close(image)
         self._loops_used.add(number)
         self._held[name] = held
+        if kept is not None:
+            make_fit(held.folder_fd)
         return held
 
     def _retake(self) -> None:
@@ -125,15 +163,20 @@ class LinuxDisks:
         for number in loops.numbers():
             name = names.get(loops.backing(number) or "")
             if name is not None and name not in self._held:
-                self._held[name] = _hold(number)
+                held = self._held[name] = _hold(number)
+                thaw(held.folder_fd)  # a daemon that was killed while it copied left it frozen
 
-    def _let_go(self, name: str) -> int | None:
-        """Shut the file system down and close our descriptors. Returns the device to watch, None when there is none."""
+    def _let_go(self, name: str, *, drop: bool = True) -> int | None:
+        """Close our descriptors. Returns the device to watch, None when there is none.
+
+        `drop`: what is not written out never will be. Otherwise all of it is, and the unmount marks the disk clean.
+        """
         held = self._held.pop(name, None)
         if held is None:
             return loops.find(self._path(name))
         try:
-            fcntl.ioctl(held.folder_fd, _EXT4_IOC_SHUTDOWN, _SHUTDOWN_NO_FLUSH)
+            if drop:
+                fcntl.ioctl(held.folder_fd, _EXT4_IOC_SHUTDOWN, _SHUTDOWN_NO_FLUSH)
         except OSError as error:
             if error.errno != errno.EIO:  # it was shut down before
                 raise

@@ -46,10 +46,14 @@ def open_disk() -> int:
 
 
 def write_etc(files: Mapping[str, str]) -> None:
-    """Put files of /etc into the upper, before there is an overlay: nothing of the image is in the way."""
+    """Put files of /etc into the upper, before there is an overlay: nothing of the image is in the way.
+
+    On a disk that was kept an earlier life's files are, whatever its root made of them.
+    """
     etc = os.open(f"{mounts.UPPER}/upper/etc", os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         for name, text in files.items():
+            _clear(name, etc)
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
             fd = os.open(name, flags, 0o644, dir_fd=etc)
             try:
@@ -58,6 +62,15 @@ def write_etc(files: Mapping[str, str]) -> None:
                 os.close(fd)
     finally:
         os.close(etc)
+
+
+def _clear(name: str, folder_fd: int) -> None:
+    try:
+        os.unlink(name, dir_fd=folder_fd)
+    except FileNotFoundError:
+        pass
+    except IsADirectoryError:
+        os.rename(name, f"{name}.was", src_dir_fd=folder_fd, dst_dir_fd=folder_fd)
 
 
 def attach_layers(layer_fds: Sequence[int], userns_fd: int) -> None:
