@@ -141,7 +141,7 @@ async def test_without_a_zygote(lab: Lab) -> None:
     """Last but one in this file."""
     order = await lab.order("early")
     launcher = lab.launcher
-    launcher._client = ZygoteClient(str(lab.folder / "run/none.sock"))
+    launcher._client = ZygoteClient(str(lab.folder / "run/none.sock"), replaced_s=0.1)
     try:
         with pytest.raises(LaunchFailed, match="does not answer") as failed:
             await launch(lab, order)

@@ -209,7 +209,10 @@ async def _ready(front: Front, sandbox: SandboxId) -> SandboxSpec:
     spec = front.roster.specs.get(sandbox)
     if status is not None and status.phase is Phase.READY and spec is not None:
         return spec
-    raise Internal("Failed to place sandbox", which=sandbox, why=status.because if status else "it is gone")
+    why = status.because if status is not None else "it is gone"
+    if status is not None and status.kill_reason is KillReason.START_REFUSED:
+        raise Unavailable("Failed to place sandbox", which=sandbox, why=why, retry_after_s=1)
+    raise Internal("Failed to place sandbox", which=sandbox, why=why)
 
 
 async def _outcome(front: Front, sandbox: SandboxId) -> SandboxStatus | None:

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool
 
+from penstock.api import problems
 from penstock.api.front import CLIENT_ID, ENVD_VERSION, Front
 from penstock.model.sandbox import EgressRules, Phase, SandboxSpec, SandboxStatus
 from penstock.model.units import MIB
@@ -144,7 +145,7 @@ def detail(front: Front, spec: SandboxSpec, status: SandboxStatus | None) -> dic
         body["envdAccessToken"] = tokens.access_token(front.seed, spec.id)
     if status is not None:
         body["phase"] = status.phase.value
-        body["because"] = status.because
+        body["because"] = problems.without_paths(status.because)
     return body
 
 

@@ -12,6 +12,7 @@ __all__ = [
     "Internal",
     "Invalid",
     "LaunchFailed",
+    "LaunchInterrupted",
     "LimitReached",
     "NoFreeSlot",
     "NotFound",
@@ -119,6 +120,13 @@ class LaunchFailed(Internal):
     def __init__(self, sandbox: str, step: str, why: str) -> None:
         self.step = step
         super().__init__(f"sandbox could not be launched at step {step!r}", which=sandbox, why=why)
+
+
+class LaunchInterrupted(LaunchFailed):
+    """What launches (the zygote) went away under it and is being replaced. Another try finds the next one."""
+
+    kind: ClassVar[Kind] = Kind.UNAVAILABLE
+    code: ClassVar[str] = "launch_interrupted"
 
 
 class Pinned(Internal):

@@ -126,6 +126,7 @@ class KillReason(StrEnum):
     ADMIN = "admin"
     CRASHED = "crashed"
     START_FAILED = "start_failed"
+    START_REFUSED = "start_refused"  # likewise, but for a cause that passes: another try may succeed
     NODE_SHUTDOWN = "node_shutdown"
     PAUSED = "paused"  # parked: it lives on as a snapshot
     REBOOT = "reboot"

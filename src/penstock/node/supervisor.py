@@ -14,6 +14,7 @@ import msgspec
 
 from penstock.core.breaker import BreakerFull
 from penstock.core.deadlines import backoff_s, within
+from penstock.core.errors import Kind, PenstockError
 from penstock.core.gate import GateClosed
 from penstock.core.hold import Hold
 from penstock.core.ledger import Ledger
@@ -250,7 +251,7 @@ class Supervisor:
             return False
         if self.phase is not Phase.READY:
             why = self.order.because if self.order is not None else str(self._fault)
-            reason = self.order.reason if self.order is not None else KillReason.START_FAILED
+            reason = self.order.reason if self.order is not None else _reason_of(self._fault)
             self.fire(Event.FAULT, why, reason)
         return True
 
@@ -423,6 +424,12 @@ class Supervisor:
     def report(self, **changes: object) -> None:
         self._status = msgspec.structs.replace(self._status, phase=self.phase, **changes)
         self.means.reporter.say(self._status)
+
+
+def _reason_of(fault: Exception | None) -> KillReason:
+    """Whether it is of use to try again is told by the error's kind."""
+    passing = isinstance(fault, PenstockError) and fault.kind is Kind.UNAVAILABLE
+    return KillReason.START_REFUSED if passing else KillReason.START_FAILED
 
 
 def _innermost(error: BaseException) -> str:

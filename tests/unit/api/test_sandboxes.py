@@ -7,8 +7,9 @@ import asyncio
 import pytest
 from tests.unit.api.door import Door
 
+from penstock.api import problems
 from penstock.model import keys
-from penstock.model.sandbox import Phase
+from penstock.model.sandbox import KillReason, Phase
 
 
 async def create(door: Door, **fields: object) -> dict[str, str]:
@@ -123,12 +124,12 @@ async def test_the_teams_limit_is_429_with_its_headers_and_frees_itself(door: Do
     await create(door)
 
 
-async def test_a_failed_start_is_a_500_with_the_cause_and_frees_its_place(door: Door):
+async def test_a_failed_start_is_a_500_with_a_reference_and_frees_its_place(door: Door):
     door.answer = Phase.FAILED
     for _ in range(5):
         reply = await door.client.post("/v2/sandboxes", json={"templateID": "base"})
         assert reply.status_code == 500
-        assert "the test said so" in reply.json()["message"]
+        assert "reference" in reply.json()["message"]
 
 
 async def test_a_start_that_takes_too_long_is_503_and_is_stopped(door: Door):
@@ -239,3 +240,42 @@ async def test_many_callers_changing_one_sandbox_all_succeed(door: Door):
     replies = await asyncio.gather(*(door.client.post(path, json={"timeout": 60 + i}) for i in range(40)))
     assert {reply.status_code for reply in replies} == {204}
     assert not door.front.turns._locks
+
+
+@pytest.mark.parametrize(
+    ("reason", "status", "message"),
+    [
+        (KillReason.START_REFUSED, 503, "Failed to place sandbox: {id} (the zygote does not answer: … (No such file))"),
+        (KillReason.START_FAILED, 500, "Failed to place sandbox: {id} (internal error,"),
+    ],
+)
+async def test_a_start_that_fails_says_whether_to_come_back_and_nothing_of_this_host(
+    door: Door, reason: KillReason, status: int, message: str
+):
+    door.answer, door.reason = Phase.FAILED, reason
+    door.because = "the zygote does not answer: /var/lib/penstock/run/zygote.sock (No such file)"
+    reply = await door.client.post("/v2/sandboxes", json={"templateID": "base"})
+    assert (reply.status_code, "Retry-After" in reply.headers) == (status, status == 503)
+    assert reply.json()["message"].startswith(message.format(id=door.started[-1]))
+    assert "reference" in reply.json()["message"]
+
+
+async def test_what_a_reference_names_is_whole_in_the_log(door: Door, monkeypatch: pytest.MonkeyPatch):
+    said: list[dict[str, str]] = []
+    monkeypatch.setattr(problems.log, "error", lambda _, **facts: said.append(facts))
+    door.answer, door.reason, door.because = Phase.FAILED, KillReason.START_FAILED, "EIO: /secret/place/x.img"
+    reply = await door.client.post("/v2/sandboxes", json={"templateID": "base"})
+    assert said[0]["reference"] in reply.json()["message"]
+    assert "/secret/place/x.img" in said[0]["error"]
+
+
+async def test_a_running_sandbox_shows_nothing_of_this_host(door: Door):
+    door.because = "cannot tell: /sys/fs/cgroup/pids/penstock-x/sb-y: I/O error"
+    made = await create(door)
+    shown = await door.client.get(f"/sandboxes/{made['sandboxID']}")
+    assert shown.json()["because"] == "cannot tell: …: I/O error"
+
+
+@pytest.mark.parametrize("text", ["a/b or /s", "it ended with exit 1", "https://example.com/a/b", "1/2"])
+def test_what_is_no_path_is_left_alone(text: str):
+    assert problems.without_paths(text) == text

@@ -21,7 +21,7 @@ import msgspec
 
 from penstock.core.deadlines import within
 from penstock.core.settle import settle, settled
-from penstock.model.errors import LaunchFailed, Unavailable
+from penstock.model.errors import LaunchFailed, LaunchInterrupted, Unavailable
 from penstock.node.linux import mounts, processes
 from penstock.node.linux.birth import Parcel
 from penstock.node.linux.processes import PidfdProcess
@@ -123,9 +123,12 @@ class ZygoteLauncher:
             try:
                 line = await self._client.connect()
             except (Unavailable, OSError) as error:
-                raise LaunchFailed(order.sandbox, "zygote", str(error)) from error
+                raise LaunchInterrupted(order.sandbox, "zygote", str(error)) from error
             with line:
-                line.send({"op": "launch", "luggage": baggage.luggage}, baggage.fds)
+                try:
+                    line.send({"op": "launch", "luggage": baggage.luggage}, baggage.fds)
+                except (BrokenPipeError, ConnectionResetError) as error:
+                    raise LaunchInterrupted(order.sandbox, "zygote", str(error)) from error
                 baggage.close()  # before the child runs long: our copies would keep a dead sandbox's mounts alive
                 return await self._born(order, line)
         finally:
@@ -162,6 +165,8 @@ class ZygoteLauncher:
         message, fds, word = outcome.value
         if message is None or len(fds) != 1:
             close_all(fds)
+            if message is None and word is None:
+                raise LaunchInterrupted(order.sandbox, "zygote", "it closed the connection")
             raise _failure(order, message or word, "zygote", "it closed the connection")
         return PidfdProcess(int(message["pid"]), int(message["start_ticks"]), fds[0]), word, outcome.cancelled
 

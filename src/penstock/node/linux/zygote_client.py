@@ -21,17 +21,22 @@ from penstock.model.errors import Unavailable
 from penstock.node.linux.zygote import REQUEST_BYTES_MAX
 
 USERNS_S: Final = 5.0  # 2 ms when nothing is wrong
+REPLACED_S: Final = 3.0  # a new one listens half a second after the death of the last
 _BUSY_PAUSE_S: Final = 0.005
+_PASSING: Final = (errno.EAGAIN, errno.ENOENT, errno.ECONNREFUSED)
 _FDS_IN_REPLY_MAX: Final = 4
 
 Reply = tuple[dict[str, Any] | None, list[int]]  # None: end of file; the receiver owns the descriptors
 
 
 class ZygoteClient:
-    """Connects to the zygote listening at `path`. Stateless; any number of requests at once."""
+    """Connects to the zygote listening at `path`. Stateless; any number of requests at once.
 
-    def __init__(self, path: str) -> None:
-        self._path = path
+    `replaced_s` bounds how long a request waits for the next zygote when none listens.
+    """
+
+    def __init__(self, path: str, *, replaced_s: float = REPLACED_S) -> None:
+        self._path, self._replaced_s = path, replaced_s
 
     async def create_userns(self, uid_base: int) -> int:
         """A user namespace that maps 65,536 ids from `uid_base`; see `userns`. The caller owns the descriptor.
@@ -50,15 +55,21 @@ class ZygoteClient:
         close_all(fds)
         raise Unavailable("user namespace could not be made", why=_reason(message))
 
-    async def connect(self) -> Line:
-        """A new connection. Raises Unavailable when no zygote listens. Waits while its backlog is full."""
+    async def connect(self, *, wait: bool = True) -> Line:
+        """A new connection. Waits while its backlog is full, and for a zygote that is being replaced.
+
+        Raises Unavailable when none listens, or not soon enough.
+        """
+        give_up_at = asyncio.get_running_loop().time() + (self._replaced_s if wait else 0)
         folder = os.open(os.path.dirname(self._path) or ".", os.O_PATH | os.O_CLOEXEC)
         # Through the folder's descriptor: a socket address holds 107 bytes, a data folder's path may be longer.
         address = f"/proc/self/fd/{folder}/{os.path.basename(self._path)}"
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
         try:
-            # Nothing tells when a full backlog has room again. The caller has a deadline.
-            while (number := connection.connect_ex(address)) == errno.EAGAIN:  # noqa: ASYNC110
+            # Nothing tells when a full backlog has room again, or a new zygote listens. The caller has a deadline.
+            while (number := connection.connect_ex(address)) in _PASSING:
+                if number != errno.EAGAIN and asyncio.get_running_loop().time() >= give_up_at:
+                    break
                 await asyncio.sleep(_BUSY_PAUSE_S)
             if number != 0:
                 raise Unavailable("the zygote does not answer", which=self._path, why=os.strerror(number))
@@ -73,7 +84,7 @@ class ZygoteClient:
         """Whether a zygote takes connections now."""
         try:
             async with within(within_s, "connection to the zygote"):
-                (await self.connect()).close()
+                (await self.connect(wait=False)).close()
         except (Unavailable, OSError):
             return False
         return True
