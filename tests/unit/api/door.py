@@ -47,6 +47,8 @@ class Door:
     key: str
     started: list[str] = field(default_factory=list)
     answer: Phase | None = Phase.READY
+    because: str = "the test said so"
+    reason: KillReason | None = None
 
 
 def _decode(kind: Any) -> Any:
@@ -134,8 +136,8 @@ async def _node(door: Door) -> None:
                 phase=phase,
                 node=NodeId("n1"),
                 team=spec.team,
-                because="the test said so",
-                kill_reason=KillReason.REQUEST if spec.stop else None,
+                because=door.because,
+                kill_reason=KillReason.REQUEST if spec.stop else door.reason,
                 started_at=spec.created_at,
                 spec_revision=change.record.mod_revision,
             )
