@@ -82,7 +82,6 @@ class Machinery:
         self.cgroups: dict[str, bool] = {}  # name → frozen
         self.slots: dict[int, EgressRules] = {}
         self.disks: dict[str, Limits] = {}
-        self.images: dict[str, str] = {}  # kept of which disk
         self.run_dirs: set[str] = set()
         self.records: dict[str, list[bytes]] = {}  # whole lines
         self.notices: dict[str, list[Notice]] = {}  # that guests took, by sandbox
