@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Callable
 from typing import Any, Final
 
 import msgspec
 
 from penstock.api import egress
+from penstock.api.chronicle import line
 from penstock.api.front import Caller, Front
 from penstock.api.shapes import NewSandbox
 from penstock.core.deadlines import DeadlinePassed
 from penstock.model import keys
 from penstock.model.errors import Conflict, Internal, Invalid, NoFreeSlot, NotFound, Unavailable, Unsupported
+from penstock.model.event import LoggedEvent
 from penstock.model.ids import SandboxId, mint_sandbox_id
 from penstock.model.sandbox import (
     TERMINAL,
@@ -38,6 +41,8 @@ IDEMPOTENCY_S: Final = 24 * 3600.0
 _IDEMPOTENCY_KEY: Final = re.compile(r"[A-Za-z0-9-]{1,255}")
 _MASK: Final = re.compile(r"[\x21-\x7e]{1,255}")
 _ALIASES_OF_BASE: Final = frozenset({"e2bdev/base"})
+
+Tell = Callable[[SandboxSpec, SandboxSpec], LoggedEvent]
 
 
 async def create(front: Front, caller: Caller, asked: NewSandbox, *, idempotency_key: str | None) -> SandboxSpec:
@@ -187,11 +192,25 @@ async def _commit(
 ) -> None:
     encode = msgspec.json.encode
     puts = [Put(keys.SANDBOX_SPEC + spec.id, encode(spec), labels={"team": spec.team}, expect=0)]
+    puts.append(line(front, _created(caller, spec)))
     if idempotency_key is not None:
         lease = await front.store.grant(IDEMPOTENCY_S)
         value = encode({"sandbox": spec.id, "digest": _digest(asked)})
         puts.append(Put(_key(caller, idempotency_key), value, expect=0, lease=lease))
     await front.store.commit(puts, by="api")
+
+
+def _created(caller: Caller, spec: SandboxSpec) -> LoggedEvent:
+    return LoggedEvent(
+        at=spec.created_at,
+        kind="sandbox.created",
+        subject=spec.id,
+        actor=caller.name,
+        because=f"asked for by {caller.name}",
+        deadline=spec.end_at,
+        facts={"template": spec.template, "build": spec.build},
+        team=spec.team,
+    )
 
 
 def _settled(status: SandboxStatus | None) -> bool:
@@ -232,7 +251,19 @@ async def _outcome(front: Front, sandbox: SandboxId) -> SandboxStatus | None:
 
 async def order_stop(front: Front, sandbox: SandboxId, reason: KillReason, *, by: str) -> bool:
     """Write the stop order once. False when the sandbox is gone already."""
-    return await change(front, sandbox, lambda spec: _stopped(front, spec, reason, by)) is not None
+
+    def told(_: SandboxSpec, spec: SandboxSpec) -> LoggedEvent:
+        return LoggedEvent(
+            at=front.clock.wall(),
+            kind="sandbox.stop_ordered",
+            subject=sandbox,
+            actor=by,
+            because=f"stopped by {by}",
+            facts={"reason": reason.value},
+            team=spec.team,
+        )
+
+    return await change(front, sandbox, lambda spec: _stopped(front, spec, reason, by), tell=told) is not None
 
 
 def _stopped(front: Front, spec: SandboxSpec, reason: KillReason, by: str) -> SandboxSpec:
@@ -241,8 +272,10 @@ def _stopped(front: Front, spec: SandboxSpec, reason: KillReason, by: str) -> Sa
     return msgspec.structs.replace(spec, stop=StopOrder(reason=reason, by=by, at=front.clock.wall()))
 
 
-async def change(front: Front, sandbox: SandboxId, edit: Any) -> int | None:
+async def change(front: Front, sandbox: SandboxId, edit: Any, *, tell: Tell) -> int | None:
     """Apply `edit(spec) -> spec` under compare-and-swap. Returns the revision, None when the sandbox is gone.
+
+    `tell(before, after)` is the change as a line of the event log, written in the same commit.
 
     One at a time per sandbox, so that callers never lose to each other, however many they are. Against others it is
     bounded: eight lost races in a row raise Conflict; each loss means that somebody else made progress.
@@ -257,9 +290,8 @@ async def change(front: Front, sandbox: SandboxId, edit: Any) -> int | None:
             if after == before:
                 return record.mod_revision
             try:
-                return await front.store.commit(
-                    [Put(record.key, msgspec.json.encode(after), labels=None, expect=record.mod_revision)], by="api"
-                )
+                changed = Put(record.key, msgspec.json.encode(after), labels=None, expect=record.mod_revision)
+                return await front.store.commit([changed, line(front, tell(before, after))], by="api")
             except RevisionConflict:
                 continue
     raise Conflict("the sandbox is being changed by others", which=sandbox, now="try again")

@@ -8,10 +8,12 @@ import msgspec
 from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse
 
-from penstock.api.front import CallerDep, Front, FrontDep
+from penstock.api.chronicle import line
+from penstock.api.front import Caller, CallerDep, Front, FrontDep
 from penstock.api.shapes import NewKey, rfc3339
 from penstock.model import keys
 from penstock.model.errors import Forbidden, NotFound
+from penstock.model.event import LoggedEvent
 from penstock.model.ids import KeyId, TeamId, mint
 from penstock.model.team import ApiKey
 from penstock.store.store import Put
@@ -35,7 +37,10 @@ async def create_key(front: FrontDep, caller: CallerDep, asked: NewKey) -> Respo
     secret = tokens.new_key()
     key = new(front, TeamId(asked.team or caller.team), asked.name, secret)
     revision = await front.store.commit(
-        [Put(keys.API_KEY + key.id, msgspec.json.encode(key), labels={"hash": key.hash, "team": key.team}, expect=0)],
+        [
+            Put(keys.API_KEY + key.id, msgspec.json.encode(key), labels={"hash": key.hash, "team": key.team}, expect=0),
+            line(front, _told(front, caller, key, "key.made")),
+        ],
         by="api",
         durable=True,
     )
@@ -54,7 +59,12 @@ async def revoke_key(front: FrontDep, caller: CallerDep, key_id: str) -> Respons
         raise NotFound("id not found")
     gone = msgspec.structs.replace(key, revoked_at=front.clock.wall())
     revision = await front.store.commit(
-        [Put(record.key, msgspec.json.encode(gone), expect=record.mod_revision)], by="api", durable=True
+        [
+            Put(record.key, msgspec.json.encode(gone), expect=record.mod_revision),
+            line(front, _told(front, caller, key, "key.revoked")),
+        ],
+        by="api",
+        durable=True,
     )
     await front.keys.wait_revision(revision, within_s=5)
     return Response(status_code=204)
@@ -72,6 +82,20 @@ def new(front: Front, team: TeamId, name: str, secret: str) -> ApiKey:
         prefix=secret[:6],
         suffix=secret[-4:],
         created_at=front.clock.wall(),
+    )
+
+
+def _told(front: Front, caller: Caller, key: ApiKey, kind: str) -> LoggedEvent:
+    """Of a key the log knows the id alone: neither its text nor its hash."""
+    because = f"asked for by {caller.name}"
+    return LoggedEvent(
+        at=front.clock.wall(),
+        kind=kind,
+        subject=key.id,
+        actor=caller.name,
+        because=because,
+        facts={"name": key.name, "team": key.team},
+        team=key.team,
     )
 
 

@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse
 from penstock.api import creation, egress, listing, shapes
 from penstock.api.front import Caller, CallerDep, Front, FrontDep
 from penstock.model.errors import Conflict, Invalid, NotFound, Unsupported
+from penstock.model.event import LoggedEvent
 from penstock.model.ids import SANDBOX_ID_PATTERN, SandboxId
 from penstock.model.sandbox import TERMINAL, KillReason, Phase, SandboxSpec, SandboxStatus
 
@@ -120,7 +121,9 @@ async def set_timeout(front: FrontDep, caller: CallerDep, id: str, asked: shapes
     spec = front.roster.require(caller.team, sandbox_id(id))
     seconds = creation.timeout_s(max(0, asked.timeout), front.limits_of(caller.team), least=0)
     end_at = front.clock.wall() + seconds
-    await _require_changed(front, caller, spec, lambda now: msgspec.structs.replace(now, end_at=end_at))
+    await _require_changed(
+        front, spec, lambda now: msgspec.structs.replace(now, end_at=end_at), _end_moved(front, caller)
+    )
     return Response(status_code=204)
 
 
@@ -145,7 +148,9 @@ async def update_network(front: FrontDep, caller: CallerDep, id: str, asked: sha
         rules=asked.rules,
         egress_proxy=asked.egressProxy,
     )
-    revision = await _require_changed(front, caller, spec, lambda now: msgspec.structs.replace(now, egress=rules))
+    revision = await _require_changed(
+        front, spec, lambda now: msgspec.structs.replace(now, egress=rules), _network_changed(front, caller)
+    )
 
     def applied(status: SandboxStatus | None) -> bool:
         return status is None or status.phase in _GONE or status.spec_revision >= revision
@@ -171,18 +176,56 @@ async def resume(front: FrontDep, caller: CallerDep, id: str) -> Response:
 async def _extend(front: Front, caller: Caller, spec: SandboxSpec, seconds: float) -> None:
     end_at = front.clock.wall() + seconds
     await _require_changed(
-        front, caller, spec, lambda now: msgspec.structs.replace(now, end_at=max(now.end_at, end_at))
+        front,
+        spec,
+        lambda now: msgspec.structs.replace(now, end_at=max(now.end_at, end_at)),
+        _end_moved(front, caller),
     )
 
 
-async def _require_changed(front: Front, caller: Caller, spec: SandboxSpec, edit: Any) -> int:
+def _end_moved(front: Front, caller: Caller) -> creation.Tell:
+    def tell(before: SandboxSpec, after: SandboxSpec) -> LoggedEvent:
+        return LoggedEvent(
+            at=front.clock.wall(),
+            kind="sandbox.end_moved",
+            subject=after.id,
+            actor=caller.name,
+            because=f"its end moves by {after.end_at - before.end_at:+.0f} s",
+            deadline=after.end_at,
+            team=after.team,
+        )
+
+    return tell
+
+
+def _network_changed(front: Front, caller: Caller) -> creation.Tell:
+    def tell(_: SandboxSpec, after: SandboxSpec) -> LoggedEvent:
+        rules = after.egress
+        return LoggedEvent(
+            at=front.clock.wall(),
+            kind="sandbox.network_changed",
+            subject=after.id,
+            actor=caller.name,
+            because="its egress rules are replaced",
+            facts={
+                "allow": " ".join((*rules.allow, *rules.allow_domains)),
+                "deny": " ".join(rules.deny),
+                "internet": str(rules.internet).lower(),
+            },
+            team=after.team,
+        )
+
+    return tell
+
+
+async def _require_changed(front: Front, spec: SandboxSpec, edit: Any, tell: creation.Tell) -> int:
     def guarded(now: SandboxSpec) -> SandboxSpec:
         if now.stop is not None:
             raise NotFound(f"sandbox {now.id!r} is being stopped")
         changed: SandboxSpec = edit(now)
         return changed
 
-    revision = await creation.change(front, spec.id, guarded)
+    revision = await creation.change(front, spec.id, guarded, tell=tell)
     if revision is None:
         raise NotFound(f"sandbox {spec.id!r} doesn't exist or you don't have access to it")
     await front.roster.specs.wait_revision(revision, within_s=APPLIED_WITHIN_S)
