@@ -93,6 +93,7 @@ TRANSITIONS: Final[dict[tuple[Phase, Event], Phase]] = {
     (_P.PAUSED, _E.RESUME): _P.READY,
     **{(phase, _E.EVICT): _P.DRAINING for phase in (_P.READY, _P.PAUSED)},
     (_P.DRAINING, _E.SPARE): _P.READY,
+    (_P.DRAINING, _E.PAUSE): _P.PAUSED,
     (_P.DRAINING, _E.EMPTY): _P.STOPPING,
     (_P.DRAINING, _E.DEADLINE): _P.STOPPING,
     **{(phase, _E.KILL): _P.STOPPING for phase in _LIVE},

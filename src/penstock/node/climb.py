@@ -56,6 +56,10 @@ class Climb:
         self._done.discard(Step.NOTICE)
         return True
 
+    def forget_notice(self) -> None:
+        """Nobody could read the notice while it stood still: give it again."""
+        self._done.discard(Step.NOTICE)
+
     def did(self, step: Step) -> bool:
         return step in self._done
 

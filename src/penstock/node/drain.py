@@ -102,6 +102,11 @@ class Drain:
         if self._stop is not None:
             self.stop(msgspec.structs.replace(self._stop, force_number=self._forced_number + 1))
 
+    @property
+    def epoch(self) -> int:
+        """Of the node, as last seen."""
+        return self._spec.epoch if self._spec is not None else 0
+
     # -- waiting --
 
     async def run(self) -> None:

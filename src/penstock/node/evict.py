@@ -13,6 +13,7 @@ from typing import Final
 
 from penstock.core.deadlines import within
 from penstock.model.errors import PoolClosed
+from penstock.model.ids import SnapshotId
 from penstock.node.means import Means
 from penstock.node.ports import Process
 
@@ -35,6 +36,9 @@ class Undo:
     def __init__(self, sandbox: str, means: Means) -> None:
         self.sandbox, self._means = sandbox, means
         self.process: Process | None = None
+        self.keep: SnapshotId | None = None  # as which image its disk is kept before it goes
+        self.kept_bytes = 0
+        self.kept_at = 0.0  # wall: everything that was ever written is in the image
         self.identity: tuple[int, int] | None = None  # (pid, start ticks) of this boot, where only the record knows it
 
     async def of(self, label: str) -> None:
@@ -78,10 +82,18 @@ class Undo:
             await _give_back(self._means.slots.give_back(number))
 
     async def _disk(self) -> None:
+        if self.keep is not None:
+            await self._keep_image(self.keep)
         for number in self._means.disks.owned_by(self.sandbox):
             await _give_back(self._means.disks.give_back(number))
         # A disk of another size than the pool's has the sandbox's own name.
         await self._means.ports.disks.remove(self.sandbox, within_s=self._within_s)
+
+    async def _keep_image(self, image: SnapshotId) -> None:
+        owned = self._means.disks.owned_by(self.sandbox)
+        name = self._means.disks.name(owned[0]) if owned else self.sandbox
+        self.kept_bytes = await self._means.ports.disks.keep(name, image, within_s=self._within_s)
+        self.kept_at = self._means.clock.wall()
 
 
 async def _give_back(returning: Awaitable[None]) -> None:

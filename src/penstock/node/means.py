@@ -15,6 +15,7 @@ from penstock.core.deadlines import Pulse
 from penstock.core.gate import Gate
 from penstock.model.ids import BuildId, NodeId
 from penstock.model.template import Build
+from penstock.node.chronicle import Chronicle
 from penstock.node.expiry import Expiry
 from penstock.node.ports import Disk, Ports, Slot
 from penstock.node.report import Reporter
@@ -58,6 +59,7 @@ class Means(msgspec.Struct, frozen=True, kw_only=True):
     disks: Pool[Disk]
     expiry: Expiry
     reporter: Reporter
+    chronicle: Chronicle
     tally: Tally
     changed: Pulse  # fired at each change of any sandbox's phase
     build: Callable[[BuildId], Build | None]

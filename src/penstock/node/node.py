@@ -27,6 +27,7 @@ from penstock.model.node import NodeSpec, NodeStatus
 from penstock.model.sandbox import Phase, SandboxSpec, SandboxStatus
 from penstock.model.template import Build
 from penstock.node.adopt import adopt
+from penstock.node.chronicle import Chronicle
 from penstock.node.create import pooled_limits
 from penstock.node.drain import Drain
 from penstock.node.expiry import Expiry
@@ -90,6 +91,7 @@ class Node:
         self._sweeper = Sweeper(ports, step_within_s=settings.step_within_s)
         self._expiry = Expiry(clock, self._on_due)
         self._tally = Tally()
+        self._chronicle = Chronicle(self._reporter, clock, settings.id)
         self._token_seed = token_seed
         self._failed: BaseException | None = None
         self._failure = asyncio.Event()
@@ -248,6 +250,7 @@ class Node:
             disks=disks,
             expiry=self._expiry,
             reporter=self._reporter,
+            chronicle=self._chronicle,
             tally=self._tally,
             changed=Pulse(),
             build=self._builds.get,
@@ -335,6 +338,7 @@ class Node:
         now = self._clock.wall()
         order = DrainOrder(
             at=now,
+            epoch=self.drain.epoch + 1,
             reason="the node stops",
             soft_at=None if within_s is None else now,
             hard_at=None if within_s is None else now + within_s,

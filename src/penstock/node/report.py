@@ -26,6 +26,7 @@ from penstock.model.event import EventRecord, EventWriter, LoggedEvent
 from penstock.model.ids import NodeId, mint
 from penstock.model.node import NodeStatus
 from penstock.model.sandbox import SandboxStatus
+from penstock.model.snapshot import Snapshot
 
 PUT_WITHIN_S: Final = 10.0
 RETRY_BASE_S: Final = 0.05
@@ -64,6 +65,12 @@ class Reporter:
 
     def say_outcome(self, node: NodeId, epoch: int, outcome: Outcome) -> None:
         self._put(f"{keys.drain(node, epoch)}/{outcome.sandbox}", _encode(outcome), {"node": node})
+
+    async def keep(self, snapshot: Snapshot) -> None:
+        """Return once the snapshot is in the store. Raises DeadlinePassed, or what the store raised: say it again."""
+        labels = {"team": snapshot.team, "sandbox": snapshot.sandbox, "kind": snapshot.kind.value}
+        async with within(PUT_WITHIN_S, f"the record of snapshot {snapshot.id}"):
+            await self._reports.put(keys.SNAPSHOT + snapshot.id, _encode(snapshot), labels)
 
     def tell(self, event: LoggedEvent) -> None:
         """Into the event log, in order. Never waits and never fails; see EVENTS_WAITING_MAX for what that costs."""

@@ -6,38 +6,78 @@ next step of a drain, or the spec as it now stands.
 
 from __future__ import annotations
 
-import asyncio
 import signal
 from typing import TYPE_CHECKING, Final
 
 from penstock.core.deadlines import within
 from penstock.model.drain import Step
-from penstock.model.sandbox import Event, KillReason, Phase
+from penstock.model.ids import SnapshotId
+from penstock.model.sandbox import Event, KillReason, Phase, wants_frozen, wants_parked
+from penstock.node import pause
+from penstock.node.climb import Eviction
+from penstock.node.ports import Notice
 from penstock.node.record import Moved
 
 if TYPE_CHECKING:
     from penstock.node.supervisor import Supervisor
 
+NOTICE_S: Final = 2.0
 SERVING: Final = frozenset({Phase.READY, Phase.PAUSED, Phase.DRAINING})
 
 
 async def serve(one: Supervisor) -> None:
-    """From READY until something ends it. Control, the API and the store may all be away meanwhile."""
+    """One pass per poke or step that is due. Returns in a phase that does not serve."""
     while one.phase in SERVING:
         await _until_poked(one)
-        step = one.climb.due(one.means.clock.monotonic())
         if one.died and one.order is None:
-            asked = one.climb.did(Step.TERM)
-            reason = KillReason.NODE_SHUTDOWN if asked else KillReason.CRASHED
-            one.fire(Event.DIED, "it ended when asked to" if asked else "its first process ended", reason)
+            _bury(one)
         elif one.order is not None:
             one.fire(Event.KILL, one.order.because, one.order.reason)
-        elif step is not None:
-            await _take_step(one, step)
-        elif one.phase is Phase.DRAINING and one.climb.eviction is None:
-            one.fire(Event.SPARE, "the drain was undone")
         else:
-            await _conform(one)
+            await _once(one)
+
+
+async def _once(one: Supervisor) -> None:
+    """The one thing that matters most now: a step of a drain, then what its spec wants of it."""
+    now, spec = one.means.clock.wall(), one.spec
+    step = one.climb.due(one.means.clock.monotonic())
+    parked = wants_parked(spec, now) if spec is not None else None
+    frozen = wants_frozen(spec, now) if spec is not None else one.phase is Phase.PAUSED
+    if step is not None:
+        await _take_step(one, step)
+    elif spec is not None and parked is not None:
+        await _park(one, parked, "paused" if spec.park is not None else "its time was over")
+    elif frozen and one.phase is not Phase.PAUSED:
+        assert spec is not None
+        await pause.freeze(one, "paused" if spec.frozen else "its time was over")
+    elif frozen and not one.stands_still:
+        await pause.freeze_again(one)
+    elif not frozen and one.phase is Phase.PAUSED:
+        await pause.thaw(one)
+    elif one.phase is Phase.DRAINING and one.climb.eviction is None:
+        one.fire(Event.SPARE, "the drain was undone")
+        await _withdraw(one)
+    elif spec is not None and spec.checkpoint is not None and spec.checkpoint.id != one.status.checkpoint_done:
+        await pause.checkpoint(one, spec.checkpoint)
+    else:
+        await _conform(one)
+
+
+def _bury(one: Supervisor) -> None:
+    asked = one.climb.did(Step.TERM)
+    reason = KillReason.NODE_SHUTDOWN if asked else KillReason.CRASHED
+    how = f" ({one.autopsy})" if one.autopsy else ""
+    one.fire(Event.DIED, ("it ended when asked to" if asked else "its first process ended") + how, reason)
+
+
+async def _park(one: Supervisor, snapshot: SnapshotId, because: str) -> bool:
+    try:
+        await pause.park(one, snapshot, because)
+    except OSError as error:
+        one.report(because=f"cannot be paused to disk: {error}")
+        one.poke_later()
+        return False
+    return True
 
 
 async def _until_poked(one: Supervisor) -> None:
@@ -56,18 +96,61 @@ async def _take_step(one: Supervisor, step: Step) -> None:
     """One rung of the ladder. What fails here is followed by the next rung, and in the end by the kill."""
     eviction = one.climb.eviction
     assert eviction is not None
-    if step is Step.TERM:
-        # On record before it is done: a daemon that dies in between must not take the end for a crash.
-        one.record.note(Moved(phase=Phase.DRAINING, because=eviction.reason))
-        if one.phase is not Phase.DRAINING:
-            one.fire(Event.EVICT, f"asked to end: {eviction.reason}")
-        else:
-            one.report(because=f"asked to end: {eviction.reason}")
-        if one.process is not None:
-            one.process.signal(signal.SIGTERM)
-    elif step is Step.NOTICE and one.phase is Phase.READY:
+    failed = ""
+    match step:
+        case Step.NOTICE:
+            failed = await _notify(one, eviction)
+        case Step.PARK:
+            snapshot = SnapshotId(f"{one.id}-d{eviction.epoch}-{int(one.means.clock.wall() * 1000)}")
+            if not await _park(one, snapshot, f"parked: {eviction.reason}"):
+                failed = one.status.because
+        case _:
+            await _ask_to_end(one, eviction)
+    if failed:
+        one.climb.fail(step, failed)
+    else:
+        one.climb.do(step)
+    coming = one.climb.waiting(one.id, "")
+    one.means.chronicle.step(step, one.status, eviction.reason, epoch=eviction.epoch, deadline=coming.at, failed=failed)
+
+
+async def _ask_to_end(one: Supervisor, eviction: Eviction) -> None:
+    """SIGTERM to its first process. A frozen one could not hear it, and is thawed."""
+    # On record before it is done: a daemon that dies in between must not take the end for a crash.
+    one.record.note(Moved(phase=Phase.DRAINING, because=eviction.reason))
+    if one.phase is Phase.PAUSED:
+        await pause.thaw(one)
+    if one.phase is not Phase.DRAINING:
+        one.fire(Event.EVICT, f"asked to end: {eviction.reason}")
+    else:
+        one.report(because=f"asked to end: {eviction.reason}")
+    if one.process is not None:
+        one.process.signal(signal.SIGTERM)
+
+
+async def _notify(one: Supervisor, eviction: Eviction) -> str:
+    """Tell its programs of the deadlines. A frozen one is told when it is thawed. Returns why that failed."""
+    if one.phase is Phase.PAUSED:
+        return ""
+    if one.phase is Phase.READY:
         one.fire(Event.EVICT, f"notice given: {eviction.reason}")
-    one.climb.do(step)
+    notice = Notice(epoch=eviction.epoch, reason=eviction.reason, soft_by=eviction.soft_at, hard_by=eviction.hard_at)
+    one.noticed_epoch = eviction.epoch
+    try:
+        await one.means.ports.guests.notify(one.run_dir, notice, within_s=NOTICE_S)
+    except Exception as error:
+        # Safe: the ladder goes on, and the kill waits for nobody's answer.
+        return str(error)
+    return ""
+
+
+async def _withdraw(one: Supervisor) -> None:
+    """The drain was undone: its programs are told, as far as they listen."""
+    notice = Notice(epoch=one.noticed_epoch, reason="", soft_by=None, hard_by=None, withdrawn=True)
+    try:
+        await one.means.ports.guests.notify(one.run_dir, notice, within_s=NOTICE_S)
+    except Exception as error:
+        one.means.chronicle.node("node.notice_not_withdrawn", str(error), sandbox=one.id)
 
 
 async def _conform(one: Supervisor) -> None:
@@ -83,14 +166,10 @@ async def _conform(one: Supervisor) -> None:
         except Exception:
             # Safe: `spec_revision` is not reported, so nobody believes the rules are in force; we come again.
             one.rules = None
-            one.means.crew.spawn(_poke_later(one), name=f"{one.id} egress retry")
+            one.poke_later()
             return
         one.rules = spec.egress
-        one.attempts = 0
+    one.attempts = 0
+    if one.phase is not Phase.PAUSED:
+        one.means.expiry.watch(one.id, one.end_at)  # told once, and the clock was perhaps stepped back since
     one.report(spec_revision=revision)
-
-
-async def _poke_later(one: Supervisor) -> None:
-    one.attempts += 1
-    await asyncio.sleep(one.pause_s())
-    one.poked.set()

@@ -26,15 +26,18 @@ from penstock.model.sandbox import (
     EgressRules,
     Event,
     KillReason,
+    OnTimeout,
     Phase,
     SandboxSpec,
     SandboxStatus,
 )
+from penstock.node.chronicle import autopsy
 from penstock.node.climb import Climb, Eviction
 from penstock.node.create import Steps, create
 from penstock.node.evict import LABELS, Undo, cgroup_name
 from penstock.node.life import Explained, Order, status_of_record, status_of_spec
 from penstock.node.means import Means
+from penstock.node.pause import publish
 from penstock.node.ports import Process
 from penstock.node.record import Due, LedgerBook, Moved, Remembered, SandboxRecord
 from penstock.node.serve import SERVING, serve
@@ -64,12 +67,15 @@ class Supervisor:
         self._status = status
         self._remembered = remembered
         self.record = SandboxRecord(means.ports.files, status.id)
-        self._undo = Undo(status.id, means)
+        self.undo = Undo(status.id, means)
         self._ledger = Ledger(status.id, LedgerBook(self.record), undo_s=means.settings.step_within_s + UNDO_MARGIN_S)
         self.spec: SandboxSpec | None = None
         self.seen_revision = status.spec_revision  # of `spec`; the status has the one whose rules are in force
         self.rules: EgressRules | None = None  # in force; None: not known, so apply the wanted ones
         self.process: Process | None = None
+        self.autopsy = ""  # how its first process ended
+        self.noticed_epoch = 0  # of the last notice its programs were given
+        self.stands_still = False  # frozen by this daemon, not only on record
         self.order: Order | None = None
         self.ordered_at = 0.0  # monotonic
         self.died = False
@@ -93,12 +99,15 @@ class Supervisor:
         born, pid = remembered.born, remembered.pid
         self = cls(status_of_record(remembered, means), end_at=remembered.end_at, means=means, remembered=remembered)
         if pid is not None and born.boot_id == means.boot_id:
-            self._undo.identity = (pid.pid, pid.start_ticks)
+            self.undo.identity = (pid.pid, pid.start_ticks)
         self._ledger.adopt(
             (owned.entry for owned in remembered.owned), {label: self._way_back(label) for label in LABELS}
         )
+        self.undo.keep = remembered.parking
         self._judge(verdict)
-        means.expiry.watch(born.id, remembered.end_at)
+        if self.phase is not Phase.PAUSED:
+            means.expiry.watch(born.id, remembered.end_at)
+        means.chronicle.adopted(self.status)
         return self
 
     @property
@@ -114,21 +123,32 @@ class Supervisor:
         return self.phase in SERVING
 
     @property
+    def on_timeout(self) -> OnTimeout:
+        """What its end means; of one whose spec was not seen yet, as its record says."""
+        if self.spec is not None:
+            return self.spec.on_timeout
+        return self._remembered.born.on_timeout if self._remembered is not None else OnTimeout.KILL
+
+    @property
     def on_drain(self) -> Disposition | None:
         """What its creator or its template says of drains; None: nothing, or its spec was not seen yet."""
         return self.spec.on_drain if self.spec is not None else None
 
     @property
     def may_park(self) -> bool:
-        """Whether a drain may pause it to disk."""
-        return False
+        """Whether a drain may pause it to disk: this tier can, whenever the sandbox serves."""
+        return self.serving
+
+    @property
+    def run_dir(self) -> str:
+        return self._status.guest_socket.rpartition("/")[0]
 
     @property
     def fate(self) -> Fate:
         """What became of it, as a drain sees it. Meaningful once it has ended or is in quarantine."""
         return self.climb.fate(
             forced=self.order is not None and self.order.reason is KillReason.NODE_SHUTDOWN,
-            parked=False,
+            parked=self.undo.keep is not None,
             quarantined=self.phase is Phase.QUARANTINED,
         )
 
@@ -146,10 +166,27 @@ class Supervisor:
             self.end_at = spec.end_at
             if self.phase is not Phase.BOUND:  # its record begins when it is accepted
                 self.record.note(Due(end_at=spec.end_at))
-            self.means.expiry.watch(self.id, spec.end_at)
+            if self.phase is not Phase.PAUSED:
+                self.means.expiry.watch(self.id, spec.end_at)
         self.seen_revision = revision
         if spec.stop is not None:
             self.kill(spec.stop.reason, f"stopped by {spec.stop.by}")
+        self.poked.set()
+
+    def due(self) -> None:
+        """Its end has come: it is killed, or paused if that is what its end means."""
+        if self.on_timeout is OnTimeout.KILL or not self.serving:
+            self.kill(KillReason.TIMEOUT, "its time was over")
+        else:
+            self.poked.set()
+
+    def poke_later(self) -> None:
+        """What could not be done now is tried again, each time later."""
+        self.attempts += 1
+        self.means.crew.spawn(self._poke_later(), name=f"{self.id} tries again")
+
+    async def _poke_later(self) -> None:
+        await asyncio.sleep(self.pause_s())
         self.poked.set()
 
     def kill(self, reason: KillReason, because: str) -> None:
@@ -275,7 +312,7 @@ class Supervisor:
                     means=means,
                     ledger=self._ledger,
                     record=self.record,
-                    undo=self._undo,
+                    undo=self.undo,
                     steps=steps,
                     on_launch=lambda: self.fire(Event.STARTED),
                 )
@@ -339,6 +376,7 @@ class Supervisor:
         """One way down the ladder. False: something could not be verified gone, and pins what lies beneath it."""
         try:
             await self._ledger.unwind(self.means.settings.unwind_within_s)
+            await publish(self)
             self.record.remove()
         except Exception as error:
             self.attempts += 1
@@ -373,9 +411,9 @@ class Supervisor:
 
     def _hold(self, process: Process | None) -> None:
         """Keep a handle for the release, and only one: each is a descriptor."""
-        if self._undo.process is not None and self._undo.process is not process:
-            self._undo.process.close()
-        self._undo.process = process
+        if self.undo.process is not None and self.undo.process is not process:
+            self.undo.process.close()
+        self.undo.process = process
 
     def _take_over(self, process: Process) -> None:
         self._hold(process)
@@ -383,9 +421,15 @@ class Supervisor:
         self.means.crew.spawn(self._watch(process), name=f"{self.id} pid 1")
 
     async def _watch(self, process: Process) -> None:
-        await process.wait()
+        self.autopsy = autopsy(await process.wait(), self._oom_kills())
         self.died = True
         self.poked.set()
+
+    def _oom_kills(self) -> int:
+        try:
+            return self.means.ports.cgroups.usage(cgroup_name(self.id)).oom_kills
+        except OSError:
+            return 0  # Safe: it only says why something died, and the cgroup may be gone already.
 
     async def _hasten(self) -> None:
         """A killed start must not wait for a deaf guest: kill what the launch made, until the launch gives up."""
@@ -403,12 +447,13 @@ class Supervisor:
             self.fire(Event.REFUSE, f"refused: {why}")
 
     def _way_back(self, label: str) -> Callable[[Mapping[str, str]], Awaitable[None]]:
-        return lambda _: self._undo.of(label)
+        return lambda _: self.undo.of(label)
 
     def pause_s(self) -> float:
         return backoff_s(max(1, self.attempts), base_s=RETRY_BASE_S, cap_s=RETRY_CAP_S, rng=self.means.rng)
 
     def fire(self, event: Event, because: str = "", reason: KillReason | None = None) -> None:
+        before = self.phase
         self.machine.fire(event)
         changes: dict[str, object] = {}
         if because:
@@ -418,6 +463,7 @@ class Supervisor:
         if self.phase in TERMINAL:
             changes["stopped_at"] = self.means.clock.wall()
         self.report(**changes)
+        self.means.chronicle.phase(before, event, self._status)
         self.means.tally.phase_changes_total += 1
         self.means.changed.fire()
 

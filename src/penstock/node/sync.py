@@ -91,7 +91,7 @@ class Sync:
         """Its end has come."""
         supervisor = self.supervisors.get(sandbox)
         if supervisor is not None:
-            supervisor.kill(KillReason.TIMEOUT, "its time was over")
+            supervisor.due()
 
     def bury(self, specs: set[str]) -> None:
         """Report as ended what an earlier daemon ran, of which neither a record nor a spec is left."""

@@ -76,12 +76,14 @@ class Machinery:
     def __init__(self, *, faults: Faults, nursery: Nursery, trace: Trace) -> None:
         self.faults, self.nursery, self.trace = faults, nursery, trace
         self.told: Callable[[str, str, str], None] = lambda kind, name, verb: None
-        self.wall = virtual.SimClock(asyncio.get_running_loop()).wall  # guests' clock; a world puts its own here
+        # Guests' clock; a world puts its own here.
+        self.wall: Callable[[], float] = lambda: virtual.SimClock(asyncio.get_running_loop()).wall()
         self.boots = 1
         self.processes: dict[int, Proc] = {}
         self.cgroups: dict[str, bool] = {}  # name → frozen
         self.slots: dict[int, EgressRules] = {}
         self.disks: dict[str, Limits] = {}
+        self.images: dict[str, str] = {}  # kept of which disk
         self.run_dirs: set[str] = set()
         self.records: dict[str, list[bytes]] = {}  # whole lines
         self.notices: dict[str, list[Notice]] = {}  # that guests took, by sandbox

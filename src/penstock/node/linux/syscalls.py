@@ -76,6 +76,12 @@ _libc_waiting: Final = ctypes.CDLL(None, use_errno=True)
 _libc_waiting.syscall.restype = ctypes.c_long
 
 
+# Bound now: the first look-up of a name stores it, which in a child means copied pages.
+_before_fork: Final = ctypes.pythonapi.PyOS_BeforeFork
+_after_fork_in_child: Final = ctypes.pythonapi.PyOS_AfterFork_Child
+_after_fork_in_parent: Final = ctypes.pythonapi.PyOS_AfterFork_Parent
+
+
 def _check(result: int, call: str, subject: str | None = None) -> int:
     if result < 0:
         number = ctypes.get_errno()
@@ -94,7 +100,7 @@ def clone3(flags: int, *, cgroup_fd: int = -1) -> tuple[int, int]:
     """Fork with `flags`: (pid, pidfd) in the parent, (0, -1) in the child. `cgroup_fd` is a cgroup v2 directory.
 
     Only for a process with a single thread: other threads' locks would stay taken in the child for ever. Python's own
-    fork handlers run (`random` is seeded anew); libc's do not, and its cached thread id stays the parent's, which only
+    fork handlers run (those registered); libc's do not, and its cached thread id stays the parent's, which only
     matters to code that signals itself by `raise()`.
     """
     pidfd = ctypes.c_int(-1)
@@ -104,13 +110,13 @@ def clone3(flags: int, *, cgroup_fd: int = -1) -> tuple[int, int]:
         "=11Q",
         *(flags | CLONE_PIDFD, ctypes.addressof(pidfd), 0, 0, _SIGCHLD, 0, 0, 0, 0, 0, max(cgroup_fd, 0)),
     )
-    ctypes.pythonapi.PyOS_BeforeFork()
+    _before_fork()
     pid = _libc.syscall(_long(_SYS_CLONE3), arguments, _long(len(arguments)))
     number = ctypes.get_errno()
     if pid == 0:
-        ctypes.pythonapi.PyOS_AfterFork_Child()
+        _after_fork_in_child()
         return 0, -1
-    ctypes.pythonapi.PyOS_AfterFork_Parent()
+    _after_fork_in_parent()
     if pid < 0:
         raise OSError(number, f"clone3: {os.strerror(number)}")
     return int(pid), pidfd.value

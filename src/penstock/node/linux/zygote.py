@@ -29,7 +29,7 @@ from typing import Any, Final, NoReturn
 
 import msgspec
 
-from penstock.node.linux import birth, capabilities, mounts, processes, seccomp, syscalls, titles, userns
+from penstock.node.linux import arenas, birth, capabilities, mounts, processes, seccomp, syscalls, titles, userns
 from penstock.node.linux.birth import Kernel, Luggage, Serve
 
 BACKLOG: Final = 4_096
@@ -75,6 +75,7 @@ def run(listener: socket.socket, serve: Serve, *, stepping_stone: str) -> NoRetu
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C at the daemon's terminal is not for us
     gc.collect()
+    arenas.fill_holes()
     gc.freeze()  # the collector of a child must not touch, and so copy, pages of what we made
     _Loop(listener, kernel, serve).turn_for_ever()
 
