@@ -11,7 +11,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, H
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from penstock import __version__
-from penstock.api import keys, observe, problems, sandboxes, templates
+from penstock.api import events, keys, nodes, observe, problems, sandboxes, templates
 from penstock.api.bounds import BodyLimit
 from penstock.api.front import Front
 
@@ -29,6 +29,7 @@ def build(front: Front, registry: CollectorRegistry, *, ready: Callable[[], bool
         separate_input_output_schemas=False,
     )
     app.state.front = front
+    app.state.ready = ready  # streams end when the daemon begins to stop
     problems.install(app)
     app.add_middleware(BodyLimit)
     app.add_middleware(
@@ -47,7 +48,7 @@ def build(front: Front, registry: CollectorRegistry, *, ready: Callable[[], bool
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
     # `observe` first: /sandboxes/metrics must not be read as the sandbox called "metrics".
-    for room in (observe, sandboxes, templates, keys):
+    for room in (observe, sandboxes, templates, keys, nodes, events):
         app.include_router(room.router)
     return app
 

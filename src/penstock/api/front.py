@@ -8,16 +8,21 @@ import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Annotated, Final
 
 from fastapi import Depends, Header, Request
 
-from penstock.api.ports import Measurements
+from penstock.api.ports import Holdings, Measurements, Planner, Reasons
 from penstock.api.roster import Roster
+from penstock.core.breaker import Breaker
 from penstock.core.clock import Clock
 from penstock.feed.view import View
+from penstock.model.drain import DrainPlan
 from penstock.model.errors import Forbidden, Unauthenticated
-from penstock.model.ids import KeyId, TeamId
+from penstock.model.event import EventWriter
+from penstock.model.ids import KeyId, TeamId, mint
+from penstock.model.node import NodeStatus
 from penstock.model.team import ApiKey, Team, TeamLimits
 from penstock.model.template import Build, Template
 from penstock.store.store import Store
@@ -25,6 +30,8 @@ from penstock.wire import tokens
 
 ENVD_VERSION: Final = "0.6.13"  # the guest protocol we answer; the SDKs compare it (e2b-sdk 5)
 CLIENT_ID: Final = "6532622b"  # a dummy the SDKs require (e2b 1.3)
+TAILS_MAX: Final = 64  # readers that follow the event log at once; beyond it 429
+PLANS_MAX: Final = 64  # plans of drains that are remembered
 
 
 class Turns:
@@ -48,6 +55,22 @@ class Turns:
                 del self._locks[key]
 
 
+class Plans:
+    """The last plans that were shown, by digest: whoever applies one that no longer holds is told what has moved."""
+
+    def __init__(self) -> None:
+        self._plans: dict[str, DrainPlan] = {}
+
+    def remember(self, plan: DrainPlan) -> None:
+        self._plans.pop(plan.digest, None)
+        self._plans[plan.digest] = plan
+        if len(self._plans) > PLANS_MAX:
+            del self._plans[next(iter(self._plans))]
+
+    def recall(self, digest: str) -> DrainPlan | None:
+        return self._plans.get(digest)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Front:
     """The API's world. `domain` may carry a port (`sbx.localhost:3943`); `seed` derives every sandbox's tokens."""
@@ -58,6 +81,8 @@ class Front:
     builds: View[Build]
     keys: View[ApiKey]
     teams: View[Team]
+    nodes: View[NodeStatus]
+    planner: Planner
     measurements: Measurements
     clock: Clock
     rng: random.Random
@@ -68,6 +93,18 @@ class Front:
     turns: Turns = field(default_factory=Turns)  # of idempotency keys and of specs being changed
     ready_s: float = 60.0  # how long a create may take before it answers 503
     room_s: float = 5.0  # how much of that it waits for a node that is full; less than any client waits for an answer
+    answer_s: float = 5.0  # how long a node may take to say that it has an order
+    forced_s: float = 25.0  # how long a forced stop is waited for before it answers 202 (e2b 6.7)
+    keepalive_s: float = 15.0  # between two signs of life on a stream of events
+    plans: Plans = field(default_factory=Plans)
+    tails: Breaker = field(default_factory=lambda: Breaker(TAILS_MAX, 0, "readers that follow the event log"))
+    reasons: Reasons | None = None  # None: nobody to ask
+    holdings: Holdings | None = None
+
+    @cached_property
+    def chronicle(self) -> EventWriter:
+        """Names our lines of the event log."""
+        return EventWriter("api", mint(self.rng, 6))
 
     def limits_of(self, team: TeamId) -> TeamLimits:
         found = self.teams.get(team)

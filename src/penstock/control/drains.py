@@ -16,7 +16,7 @@ import msgspec
 from penstock.model.drain import Disposition, DrainOrder, DrainPlan, Fate, Foreseen, Rung, Step, digest, ladder
 from penstock.model.ids import NodeId
 from penstock.model.node import NodeSpec
-from penstock.model.sandbox import TERMINAL, Phase, SandboxSpec, SandboxStatus
+from penstock.model.sandbox import PAUSE_TO_DISK, TERMINAL, OnTimeout, Phase, SandboxSpec, SandboxStatus
 
 Sandboxes = Sequence[tuple[SandboxSpec, SandboxStatus | None]]
 MayPark = Callable[[SandboxSpec, SandboxStatus], bool]
@@ -31,13 +31,13 @@ _FROZEN: Final = "the memory it is frozen with, and its processes"
 _FILES: Final = ", and files not fetched"
 
 
-def nothing_parks(spec: SandboxSpec, status: SandboxStatus) -> bool:
-    """For installations that cannot pause to disk."""
-    return False
+def says_it_parks(spec: SandboxSpec, status: SandboxStatus) -> bool:
+    """Whether its node said that it can be paused to disk."""
+    return PAUSE_TO_DISK in status.capabilities
 
 
 def foresee(
-    spec: NodeSpec, order: DrainOrder, sandboxes: Sandboxes, now: float, *, may_park: MayPark = nothing_parks
+    spec: NodeSpec, order: DrainOrder, sandboxes: Sandboxes, now: float, *, may_park: MayPark = says_it_parks
 ) -> DrainPlan:
     """The fate of each of the node's sandboxes under `order`, and what blocks. Sandboxes elsewhere are left out.
 
@@ -109,17 +109,36 @@ def _foresee_one(seen: _Seen, one: SandboxSpec, status: SandboxStatus | None) ->
         return Foreseen(sandbox=one.id, fate=Fate.FINISH, by=seen.order.hard_at, because=because)
     rungs = seen.rungs(one, status)
     asked = seen.was_asked(one, status)
-    if not asked and (not rungs or one.end_at <= rungs[0].at):
-        because = "its own time is over first" if rungs else "the order has no deadline: it runs to its own end"
-        return Foreseen(sandbox=one.id, fate=Fate.FINISH, by=one.end_at, because=because)
+    end_at = _own_end(one, status)
+    if not asked and (not rungs or (end_at is not None and end_at <= rungs[0].at)):
+        return _left_alone(one, status, end_at)
     return _evicted(seen, one, status, rungs, asked=asked)
+
+
+def _own_end(one: SandboxSpec, status: SandboxStatus) -> float | None:
+    """When it is gone by itself; None: never, because it lies frozen or will. One to be parked is gone by then."""
+    if one.park is not None:
+        return 0.0
+    if one.on_timeout is OnTimeout.PAUSE or one.frozen or status.phase is Phase.PAUSED:
+        return None
+    return one.end_at
+
+
+def _left_alone(one: SandboxSpec, status: SandboxStatus, end_at: float | None) -> Foreseen:
+    """Nothing is done to it before its own end."""
+    if one.park is not None or (one.on_timeout is OnTimeout.PARK and end_at is not None):
+        by = one.end_at if one.park is None else None
+        loses = _memory(status)
+        return Foreseen(sandbox=one.id, fate=Fate.PARK, by=by, loses=loses, because="paused to disk by its own order")
+    because = "it ends by its own time" if end_at is not None else "nothing is done to it, and it has no end of its own"
+    return Foreseen(sandbox=one.id, fate=Fate.FINISH, by=end_at, because=because)
 
 
 def _evicted(seen: _Seen, one: SandboxSpec, status: SandboxStatus, rungs: tuple[Rung, ...], *, asked: bool) -> Foreseen:
     """Something will be done to it before its own end."""
-    memory = _FROZEN if status.phase is Phase.PAUSED else _MEMORY
+    memory = _memory(status)
     kill_at = next((rung.at for rung in rungs if rung.step is Step.KILL), None)
-    by = one.end_at if kill_at is None else min(kill_at, one.end_at)
+    by = min((at for at in (kill_at, _own_end(one, status)) if at is not None), default=None)
     first = rungs[0] if rungs else Rung(Step.TERM, seen.now)
     if first.step is Step.KILL or (kill_at is not None and kill_at <= first.at):
         because = "its node cannot tell how it is: nobody can ask it to end" if status.phase in _DOUBTFUL else ""
@@ -133,10 +152,14 @@ def _evicted(seen: _Seen, one: SandboxSpec, status: SandboxStatus, rungs: tuple[
     return Foreseen(sandbox=one.id, fate=Fate.STOP, by=by, loses=memory + _FILES, because=because)
 
 
+def _memory(status: SandboxStatus) -> str:
+    return _FROZEN if status.phase is Phase.PAUSED else _MEMORY
+
+
 def _blocks(seen: _Seen, here: Iterable[tuple[SandboxSpec, SandboxStatus | None]]) -> list[str]:
     """What can keep the drain from ending, or from ending as a success; a line each."""
     lines: list[str] = []
-    starts, patient = 0, list[float]()
+    starts, patient = 0, list[float | None]()
     for one, status in here:
         if status is None or status.phase in _QUEUED:
             continue
@@ -146,13 +169,13 @@ def _blocks(seen: _Seen, here: Iterable[tuple[SandboxSpec, SandboxStatus | None]
             lines.append(f"{one.id} is {status.phase.value} ({status.because}): only force or its own end ends it")
         starts += status.phase in _STARTING
         if status.phase not in _ENDING | {Phase.QUARANTINED} and one.stop is None:
-            patient.append(one.end_at)
+            patient.append(_own_end(one, status))
     if starts:
         lines.append(f"starts under way are waited for: {starts}")
     if patient and seen.order.hard_at is None and not seen.forced:
-        lines.append(
-            f"no hard deadline: sandboxes may run to their own end: {len(patient)}, to {_moment(max(patient))}"
-        )
+        ends = [at for at in patient if at is not None]
+        last = f"to {_moment(max(ends))}" if len(ends) == len(patient) else "and some have none"
+        lines.append(f"no hard deadline: sandboxes may run to their own end: {len(patient)}, {last}")
     return lines
 
 

@@ -24,6 +24,7 @@ from penstock.api.app import build
 from penstock.api.front import Front
 from penstock.api.roster import Roster
 from penstock.control.controller import Controller
+from penstock.control.drains import foresee
 from penstock.core.clock import SystemClock
 from penstock.core.crew import Crew
 from penstock.core.deadlines import within
@@ -32,6 +33,7 @@ from penstock.feed.server import FeedServer
 from penstock.feed.view import View
 from penstock.model import keys
 from penstock.model.ids import NodeId
+from penstock.model.node import NodeStatus
 from penstock.model.sandbox import Isolation, SandboxSpec, SandboxStatus
 from penstock.model.team import ApiKey, Team, TeamLimits
 from penstock.model.template import Build, Template
@@ -214,6 +216,8 @@ class Daemon:
             builds=views["builds"],
             keys=views["keys"],
             teams=views["teams"],
+            nodes=views["nodes"],
+            planner=foresee,
             measurements=samples,
             clock=self._clock,
             rng=self._rng,
@@ -234,6 +238,7 @@ class Daemon:
             "builds": (keys.BUILD, Build),
             "keys": (keys.API_KEY, ApiKey),
             "teams": (keys.TEAM, Team),
+            "nodes": (keys.NODE_STATUS, NodeStatus),
         }
         views: dict[str, View[Any]] = {}
         for name, (prefix, kind) in kinds.items():

@@ -15,12 +15,14 @@ from penstock.api.app import build
 from penstock.api.front import Front
 from penstock.api.keys import new
 from penstock.api.roster import Roster
+from penstock.control.drains import foresee
 from penstock.core.clock import SystemClock
 from penstock.core.crew import Crew
 from penstock.feed.local import LocalSource
 from penstock.feed.view import View
 from penstock.model import keys
 from penstock.model.ids import BuildId, NodeId, TeamId, TemplateId
+from penstock.model.node import NodeStatus
 from penstock.model.sandbox import KillReason, Phase, SandboxSpec, SandboxStatus
 from penstock.model.team import ApiKey, Team, TeamLimits
 from penstock.model.template import Build, Template
@@ -67,6 +69,7 @@ async def open_door() -> AsyncIterator[Door]:
         "builds": (keys.BUILD, Build),
         "keys": (keys.API_KEY, ApiKey),
         "teams": (keys.TEAM, Team),
+        "nodes": (keys.NODE_STATUS, NodeStatus),
     }
     views: dict[str, Any] = {name: View(source, prefix, _decode(kind)) for name, (prefix, kind) in kinds.items()}
     async with Crew("test door") as crew:
@@ -79,6 +82,8 @@ async def open_door() -> AsyncIterator[Door]:
             builds=views["builds"],
             keys=views["keys"],
             teams=views["teams"],
+            nodes=views["nodes"],
+            planner=foresee,
             measurements=NoMeasurements(),
             clock=clock,
             rng=random.Random(1),
@@ -87,6 +92,9 @@ async def open_door() -> AsyncIterator[Door]:
             admin_token="adm_x",
             limits=TeamLimits(sandboxes_max=3, timeout_s_max=1000),
             ready_s=0.5,
+            answer_s=0.3,
+            forced_s=0.3,
+            keepalive_s=0.05,
         )
         secret = tokens.new_key()
         await _furnish(store, front, secret)

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from penstock.control.drains import foresee
 from penstock.model.drain import TERM_BEFORE_HARD_S, Disposition, DrainOrder, DrainPlan, Fate, Foreseen
-from penstock.model.ids import BuildId, NodeId, SandboxId, TeamId
+from penstock.model.ids import BuildId, NodeId, SandboxId, SnapshotId, TeamId
 from penstock.model.node import NodeSpec, drain
-from penstock.model.sandbox import TERMINAL, KillReason, Limits, Phase, SandboxSpec, SandboxStatus, StopOrder
+from penstock.model.sandbox import TERMINAL, KillReason, Limits, OnTimeout, Phase, SandboxSpec, SandboxStatus, StopOrder
 
 NOW = 1_000_000.0
 NODE = NodeId("n1")
@@ -120,6 +120,16 @@ def test_a_frozen_one_loses_its_memory_whether_parked_or_stopped() -> None:
         assert found.loses.startswith("the memory it is frozen with")
 
 
+def test_one_that_pauses_at_its_end_has_no_end_and_one_that_parks_is_parked_by_it() -> None:
+    frozen = plan(sandbox(Phase.PAUSED, frozen=True, lives_s=10), asked=order())
+    assert [(each.fate, each.by) for each in frozen.foreseen] == [(Fate.FINISH, None)]
+    assert frozen.blocks == ("no hard deadline: sandboxes may run to their own end: 1, and some have none",)
+    assert fate(sandbox(lives_s=10, on_timeout=OnTimeout.PAUSE), order(60, 120)).fate is Fate.STOP
+    parked = fate(sandbox(lives_s=10, on_timeout=OnTimeout.PARK), order(60, 120))
+    assert (parked.fate, parked.by, parked.loses) == (Fate.PARK, NOW + 10, "memory and processes")
+    assert fate(sandbox(park=SnapshotId("s1")), order(60, 120)).fate is Fate.PARK
+
+
 @pytest.mark.parametrize("phase", [None, Phase.PENDING, Phase.BOUND])
 def test_a_queued_start_is_placed_elsewhere_and_loses_nothing(phase: Phase | None) -> None:
     found = fate(sandbox(phase), order(0, 0))
@@ -159,6 +169,7 @@ pairs = st.builds(
     on_drain=st.none() | st.sampled_from(Disposition),
     stop=st.none() | st.just(STOP),
     node=st.sampled_from([None, NODE, NodeId("n2")]),
+    on_timeout=st.sampled_from(OnTimeout),
 )
 orders = st.builds(
     order,
