@@ -15,7 +15,7 @@ from typing import Final, TypeVar
 import msgspec
 
 from penstock.control.placement import NodeSeen
-from penstock.control.sandboxes import RETENTION_S, Bind, Plan, Remove, Seen, plan
+from penstock.control.sandboxes import RETENTION_S, Bind, Drop, Plan, Remove, Seen, plan
 from penstock.control.trim import Trimmer
 from penstock.core.clock import Clock
 from penstock.core.crew import Crew
@@ -25,9 +25,10 @@ from penstock.feed.view import View
 from penstock.model import keys
 from penstock.model.errors import Conflict
 from penstock.model.event import EventWriter, LoggedEvent
-from penstock.model.ids import NodeId, SandboxId, mint
+from penstock.model.ids import NodeId, SandboxId, SnapshotId, mint
 from penstock.model.node import NodeSpec, NodeStatus
 from penstock.model.sandbox import TERMINAL, Phase, SandboxSpec, SandboxStatus
+from penstock.model.snapshot import Snapshot, SnapshotKind
 from penstock.store.ops import Delete, Op, Put
 from penstock.store.store import Store
 
@@ -65,6 +66,7 @@ class Controller:
         self._statuses: View[SandboxStatus] = View(source, keys.SANDBOX_STATUS, _decode_status)
         self._node_specs: View[NodeSpec] = View(source, keys.NODE_SPEC, _decode_node_spec)
         self._node_statuses: View[NodeStatus] = View(source, keys.NODE_STATUS, _decode_node_status)
+        self._snapshots: View[Snapshot] = View(source, keys.SNAPSHOT, _decode_snapshot)
         self._queue: KeyQueue[str] = KeyQueue(rng=rng)
         self._events = EventWriter("control", mint(rng, 6))
         self._trimmer = Trimmer(store=store, source=source, clock=clock)
@@ -82,6 +84,8 @@ class Controller:
         self._node_statuses.subscribe(lambda node, status: self._nodes_changed())
         await self._node_specs.start(crew)
         await self._node_statuses.start(crew)
+        self._snapshots.subscribe(lambda _, snapshot: self._on_snapshot(snapshot))
+        await self._snapshots.start(crew)
         self._statuses.subscribe(self._on_status)
         self._specs.subscribe(self._on_spec)
         await self._statuses.start(crew)
@@ -120,6 +124,8 @@ class Controller:
         elif status.phase in TERMINAL:
             self._refusals.pop(sandbox, None)
             self._place(sandbox, None)
+        elif status.phase is Phase.READY and self._snapshots.by("sandbox", sandbox):
+            pass  # what it was paused as is to be dropped
         elif status.phase is not Phase.CREATING:
             return  # Nothing is decided on these; a thousand starts need not be planned three times each.
         self._queue.add(sandbox)
@@ -188,6 +194,7 @@ class Controller:
             status_revision=status_revision,
             refusals=refusals,
             refused_at=refused_at,
+            paused=self._paused(sandbox),
         )
         now = self._clock.wall()
         planned = plan(seen, now, retention_s=self._retention_s)
@@ -204,8 +211,18 @@ class Controller:
                 case Remove():
                     told = self._told("sandbox.removed", sandbox, spec or status, planned)
                     await self._remove(sandbox, spec_revision, status_revision, told)
+                case Drop(snapshot=snapshot):
+                    await self._store.commit([Delete(keys.SNAPSHOT + snapshot)], by="control")
         if planned.wake_at is not None:
             self._queue.add_after(sandbox, max(0.01, planned.wake_at - now))
+
+    def _paused(self, sandbox: str) -> tuple[SnapshotId, ...]:
+        found = [each for each in self._snapshots.by("sandbox", sandbox) if each.kind is SnapshotKind.PAUSED]
+        return tuple(each.id for each in sorted(found, key=lambda each: (each.created_at, each.id)))
+
+    def _on_snapshot(self, found: Snapshot | None) -> None:
+        if found is not None and found.kind is SnapshotKind.PAUSED:
+            self._queue.add(found.sandbox)
 
     def _told(
         self, kind: str, sandbox: str, whose: SandboxSpec | SandboxStatus | None, planned: Plan, *, node: str = ""
@@ -277,5 +294,6 @@ class Controller:
 _encode: Final = msgspec.json.Encoder().encode
 _decode_spec: Final = msgspec.json.Decoder(SandboxSpec).decode
 _decode_status: Final = msgspec.json.Decoder(SandboxStatus).decode
+_decode_snapshot: Final = msgspec.json.Decoder(Snapshot).decode
 _decode_node_spec: Final = msgspec.json.Decoder(NodeSpec).decode
 _decode_node_status: Final = msgspec.json.Decoder(NodeStatus).decode

@@ -12,10 +12,11 @@ from typing import Final
 import msgspec
 
 from penstock.control.placement import NodeSeen, choose
-from penstock.model.ids import NodeId, SandboxId
-from penstock.model.sandbox import TERMINAL, Phase, SandboxSpec, SandboxStatus
+from penstock.model.ids import NodeId, SandboxId, SnapshotId
+from penstock.model.sandbox import TERMINAL, KillReason, Phase, SandboxSpec, SandboxStatus
 
 RETENTION_S: Final = 300.0  # how long an ended sandbox can still be looked up
+RESUME_FAILED_S: Final = 2.0  # how long a failed resume is shown before the sandbox is paused again
 REBIND_BASE_S: Final = 0.5  # after the second refusal; doubles
 REBIND_CAP_S: Final = 10.0
 
@@ -33,7 +34,13 @@ class Remove(msgspec.Struct, frozen=True, tag=True):
     sandbox: SandboxId
 
 
-Action = Bind | Remove
+class Drop(msgspec.Struct, frozen=True, tag=True):
+    """Delete the record of a snapshot; its node then removes the image."""
+
+    snapshot: SnapshotId
+
+
+Action = Bind | Remove | Drop
 
 
 class Seen(msgspec.Struct, frozen=True, kw_only=True):
@@ -51,6 +58,7 @@ class Seen(msgspec.Struct, frozen=True, kw_only=True):
     status_revision: int = 0
     refusals: int = 0
     refused_at: float = 0.0
+    paused: tuple[SnapshotId, ...] = ()  # its snapshots of kind PAUSED, oldest first
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
@@ -66,7 +74,12 @@ def plan(seen: Seen, now: float, *, retention_s: float = RETENTION_S) -> Plan:
     if spec is None:
         return _orphan(seen.id, status)
     if status is not None and status.phase in TERMINAL:
-        return _ended(spec, status, now, retention_s)
+        return _ended(seen, spec, status, now, retention_s)
+    if status is not None and status.phase is Phase.READY and spec.snapshot in seen.paused:
+        # It serves, so what it was resumed from is nobody's any more, nor what was before. Not what came after: that is
+        # the pause that goes on right now, and whose status is still on its way.
+        old = seen.paused[: seen.paused.index(spec.snapshot) + 1]
+        return Plan(actions=tuple(Drop(each) for each in old), because=("it was resumed",))
     refused = _refused(seen)
     if spec.node is not None and not refused:
         return _bound(seen, spec, now)
@@ -92,8 +105,15 @@ def _orphan(sandbox: SandboxId, status: SandboxStatus | None) -> Plan:
     return Plan(because=(f"its spec is gone; node {status.node} has to end it first",))
 
 
-def _ended(spec: SandboxSpec, status: SandboxStatus, now: float, retention_s: float) -> Plan:
-    due = status.stopped_at + retention_s
+def _ended(seen: Seen, spec: SandboxSpec, status: SandboxStatus, now: float, retention_s: float) -> Plan:
+    """Its records stay a while, so that it can be looked up. One that was paused to disk lives on as its snapshot."""
+    if seen.paused and spec.stop is not None:
+        drops = tuple(Drop(each) for each in seen.paused)
+        return Plan(actions=(Remove(spec.id), *drops), because=("it was killed, and so is what it was paused as",))
+    if seen.paused and status.kill_reason is KillReason.PAUSED:
+        drops = tuple(Drop(each) for each in seen.paused[:-1])
+        return Plan(actions=(Remove(spec.id), *drops), because=(f"it is paused as {seen.paused[-1]}",))
+    due = status.stopped_at + (min(retention_s, RESUME_FAILED_S) if seen.paused else retention_s)
     if now >= due:
         return Plan(actions=(Remove(spec.id),), because=(f"it ended {now - status.stopped_at:.0f} s ago",))
     return Plan(wake_at=due, because=(f"{status.phase.value}: {status.because}" if status.because else "it has ended",))

@@ -103,6 +103,11 @@ class Chronicle:
         kind = _STEPS[step] + ("_failed" if failed else "")
         self._tell(kind, status, because, facts=facts, deadline=deadline, related=drain)
 
+    def snapshot(self, status: SandboxStatus, kind: str, snapshot: str, *, disk_bytes: int) -> None:
+        """An image of it was kept: `kind` is "parked" or "checkpointed"."""
+        facts = {"snapshot": snapshot, "disk_bytes": str(disk_bytes)}
+        self._tell(f"sandbox.{kind}", status, status.because, facts=facts, related=(snapshot,))
+
     def node(self, kind: str, because: str = "", *, actor: str = "", **facts: str) -> None:
         """Something about the node itself: `kind` is `node.…`."""
         self._put(

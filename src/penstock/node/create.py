@@ -73,6 +73,8 @@ async def create(
         return ports.files.make_run_dir(spec.id)
 
     async def take_disk() -> Disk:
+        if spec.snapshot is not None:
+            return await ports.disks.create(spec.id, spec.limits, image=spec.snapshot)
         if spec.limits.disk_bytes_max == _POOLED.disk_bytes_max and (
             spec.limits.disk_inodes_max == _POOLED.disk_inodes_max
         ):

@@ -41,6 +41,7 @@ class NodeStatistics(msgspec.Struct, frozen=True, kw_only=True):
     swept_total: int
     leaks: tuple[Leak, ...]  # what the last sweep could not remove
     bugs: tuple[str, ...]  # supervisors that raised, the newest last
+    told_total: dict[str, int]  # lines of the event log, by kind
 
 
 def statistics(
@@ -74,4 +75,5 @@ def statistics(
         swept_total=swept_total,
         leaks=leaks,
         bugs=tuple(tally.bugs),
+        told_total=dict(means.chronicle.told_total),
     )

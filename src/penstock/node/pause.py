@@ -142,6 +142,7 @@ async def _tell(
 ) -> None:
     if one.spec is None:
         raise Unavailable("its spec was not seen yet", which=one.id, retry_after_s=1.0)
+    word = "parked" if kind is SnapshotKind.PAUSED else "checkpointed"
     cleared = msgspec.structs.replace(one.spec, node=None, stop=None, frozen=False, park=None, checkpoint=None)
     await one.means.reporter.keep(
         Snapshot(
@@ -159,6 +160,7 @@ async def _tell(
             because=one.status.because,
         )
     )
+    one.means.chronicle.snapshot(one.status, word, image, disk_bytes=used)
 
 
 async def _quiesce(one: Supervisor) -> None:

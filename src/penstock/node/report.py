@@ -50,6 +50,7 @@ class Reporter:
         self._events: deque[EventRecord] = deque()
         self._writer = EventWriter("node", mint(rng, 6))
         self._telling = False
+        self.kept: set[str] = set()  # snapshots that are in the store because of us, whatever a view shows so far
         self._lost = 0  # events that found no room, since the log last said so
         self.sent_total = self.failed_total = self.lost_total = 0
 
@@ -71,6 +72,7 @@ class Reporter:
         labels = {"team": snapshot.team, "sandbox": snapshot.sandbox, "kind": snapshot.kind.value}
         async with within(PUT_WITHIN_S, f"the record of snapshot {snapshot.id}"):
             await self._reports.put(keys.SNAPSHOT + snapshot.id, _encode(snapshot), labels)
+        self.kept.add(snapshot.id)
 
     def tell(self, event: LoggedEvent) -> None:
         """Into the event log, in order. Never waits and never fails; see EVENTS_WAITING_MAX for what that costs."""

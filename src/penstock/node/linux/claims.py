@@ -146,6 +146,10 @@ class Claims:
         except FileNotFoundError:
             return None
 
+    def installation_at(self, data: str) -> str | None:
+        """Whose claim names `data` as its data folder, only looked at."""
+        return next((claim.installation for claim in self._read_all().values() if claim.data == data), None)
+
     def release(self, installation: str) -> None:
         """Give the block back. Absent is success."""
         with self.locked():

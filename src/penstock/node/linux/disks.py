@@ -118,7 +118,11 @@ class LinuxDisks:
             pause_s = min(pause_s * 2, _PAUSE_MAX_S)
 
     def list_names(self) -> set[str]:
-        return {entry[: -len(_SUFFIX)] for entry in os.listdir(self._folder) if entry.endswith(_SUFFIX)}
+        try:
+            entries = os.listdir(self._folder)
+        except FileNotFoundError:
+            return set()  # somebody removed the folder: no image is in it
+        return {entry[: -len(_SUFFIX)] for entry in entries if entry.endswith(_SUFFIX)}
 
     def used_bytes(self, name: str) -> int:
         """What the image takes on the host's disk. Raises FileNotFoundError."""

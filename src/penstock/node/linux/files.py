@@ -39,7 +39,7 @@ class LinuxFiles:
             pass
 
     def list_run_dirs(self) -> set[str]:
-        return set(os.listdir(self._run))
+        return set(_names(self._run))
 
     def append_record(self, sandbox: str, line: bytes) -> None:
         """Append `line` and a newline in one write. Raises OSError with the record as it was."""
@@ -76,10 +76,18 @@ class LinuxFiles:
             pass
 
     def list_records(self) -> set[str]:
-        return {name[: -len(_RECORD_SUFFIX)] for name in os.listdir(self._records) if name.endswith(_RECORD_SUFFIX)}
+        return {name[: -len(_RECORD_SUFFIX)] for name in _names(self._records) if name.endswith(_RECORD_SUFFIX)}
 
     def _record(self, sandbox: str) -> str:
         return _below(self._records, sandbox) + _RECORD_SUFFIX
+
+
+def _names(folder: str) -> list[str]:
+    """Empty when the folder is gone: whoever took it away took what was in it."""
+    try:
+        return os.listdir(folder)
+    except FileNotFoundError:
+        return []
 
 
 def _below(folder: str, name: str) -> str:
