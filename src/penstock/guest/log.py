@@ -31,6 +31,10 @@ class Log:
         self._written = 0
         self._dropped = 0
 
+    def move(self, fd: int) -> None:
+        """Write to `fd` from now on."""
+        self._fd = fd
+
     def say(self, event: str, *, level: str = "info", **facts: object) -> None:
         """One line: `{"ts": ..., "level": ..., "event": ..., **facts}`. Facts longer than TEXT_CHARS_MAX are cut."""
         line: dict[str, object] = {"ts": round(self._clock.wall(), 3), "level": level, "event": event}

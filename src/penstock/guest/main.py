@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import codecs
+import ctypes
 import fcntl
 import gc
 import os
@@ -27,6 +28,7 @@ from penstock.guest import basics, compose, files, filesystem, guise, metrics, n
 from penstock.guest.access import TokenAccess
 from penstock.guest.exchange import Exchange, Peer
 from penstock.guest.log import Log
+from penstock.guest.loop import ForkedLoop
 from penstock.guest.parts import Parts
 from penstock.guest.processes import PROCESSES_MAX, Processes
 from penstock.guest.program import Surroundings
@@ -43,6 +45,11 @@ FDS_PER_PROCESS: Final = 4
 FDS_OWN: Final = 64  # listeners, epoll, log, cgroups, watches
 FACTS_DIR: Final = "/run/e2b"
 
+_SYS_CLOSE_RANGE: Final = 436  # on every architecture; CLOEXEC since Linux 5.11
+_CLOSE_RANGE_CLOEXEC: Final = ctypes.c_uint(4)
+_FD_HIGHEST: Final = ctypes.c_uint(0xFFFF_FFFF)
+_libc: Final = ctypes.CDLL(None, use_errno=True)
+
 _SEALED: Final[list[object]] = []
 
 for _name in ("utf-8", "ascii", "latin-1", "idna", "unicode_escape"):
@@ -57,65 +64,96 @@ class Budget:
     processes: int
 
 
-def serve(
-    config: Mapping[str, Any],
-    *,
-    listen_fds: Mapping[str, int],
-    log_fd: int,
-    cgroup_fds: Mapping[str, Sequence[int]] | None = None,
-    disk_fd: int = -1,
-    ready: Callable[[], None] = lambda: None,
-) -> NoReturn:
-    """Be pid 1 until SIGTERM; never returns.
+class Unborn:
+    """A guest made in the zygote, complete but for what its sandbox is; forks share what lies in its memory.
 
-    `config` has the fields of `node.ports.GuestConfig`. `listen_fds` are bound stream sockets, `public` and `control`.
-    `cgroup_fds["user"]` are files every process writes "0" to (v1 `tasks`, v2 `cgroup.procs`); `cgroup_fds["guest"]`
-    the same files of the cgroups the guest itself is in. With the latter processes start three times faster (`guise`):
-    leave them out only where a move is slow, which is cgroup v2. `disk_fd` is for `quiesce`, which fails without.
-    `ready` is called once, when connections are answered.
-    Exit status 0 after SIGTERM, 1 when the guest itself failed (its log says why).
+    Make it in a process with one thread. In a fork of that process, or there and then never again, call `serve`.
     """
-    clock = SystemClock()
-    log = Log(log_fd, clock)
-    status = 1
-    try:
-        _seal_imports()
-        _own_descriptors(log_fd)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Python's handler would raise in the middle of anything
-        os.umask(0o022)  # children have it from us
-        guest = Guest(config, listen_fds, cgroup_fds or {}, log, clock, ready, disk_fd=disk_fd)
-        loop = asyncio.SelectorEventLoop()  # made here: an epoll descriptor shared over a fork would be two processes'
-        asyncio.set_event_loop(loop)
-        loop.set_exception_handler(lambda _, context: _log_loop_fault(log, context))
-        loop.run_until_complete(guest.run())
-        status = 0
-    except BaseException as error:
-        log.fault("guest", error)
-    finally:
-        # Not sys.exit: finalisation runs arbitrary destructors, and a forked interpreter has its parent's.
-        os._exit(status)
+
+    def __init__(self) -> None:
+        clock = SystemClock()
+        self._log = Log(sys.stderr.fileno(), clock)
+        self._guest = Guest(self._log, clock)
+        self._loop = ForkedLoop()
+        self._loop.set_exception_handler(lambda _, context: _log_loop_fault(self._log, context))
+
+    def serve(
+        self,
+        config: Mapping[str, Any],
+        *,
+        listen_fds: Mapping[str, int],
+        log_fd: int,
+        cgroup_fds: Mapping[str, Sequence[int]] | None = None,
+        disk_fd: int = -1,
+        ready: Callable[[], None] = lambda: None,
+    ) -> NoReturn:
+        """Be pid 1 until SIGTERM; never returns.
+
+        `config` has the fields of `node.ports.GuestConfig`. `listen_fds` are bound stream sockets, `public` and
+        `control`. `cgroup_fds["user"]` are files every process writes "0" to (v1 `tasks`, v2 `cgroup.procs`);
+        `cgroup_fds["guest"]` the same files of the cgroups the guest itself is in. With the latter processes start
+        three times faster (`guise`): leave them out only where a move is slow, which is cgroup v2. `disk_fd` is for
+        `quiesce`, which fails without. `ready` is called once, when connections are answered.
+        Exit status 0 after SIGTERM, 1 when the guest itself failed (its log says why).
+        """
+        status = 1
+        try:
+            self._log.move(log_fd)
+            _seal_imports()
+            _own_descriptors(log_fd)
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Python's handler would raise in the middle of anything
+            os.umask(0o022)  # children have it from us
+            self._loop.open()
+            asyncio.set_event_loop(self._loop)
+            self._guest.be(config, cgroup_fds or {}, disk_fd=disk_fd)
+            self._loop.run_until_complete(self._guest.run(listen_fds, ready))
+            status = 0
+        except BaseException as error:
+            self._log.fault("guest", error)
+        finally:
+            # Not sys.exit: finalisation runs arbitrary destructors, and a forked interpreter has its parent's.
+            os._exit(status)
+
+
+def serve(config: Mapping[str, Any], **given: Any) -> NoReturn:
+    """`Unborn().serve`, for a process in which nothing was prepared."""
+    Unborn().serve(config, **given)
 
 
 class Guest:
-    """The parts of one guest, put together."""
+    """The parts of one guest, put together. First nobody's: `be` says whose, then `run`."""
 
-    def __init__(
-        self,
-        config: Mapping[str, Any],
-        listen_fds: Mapping[str, int],
-        cgroup_fds: Mapping[str, Sequence[int]],
-        log: Log,
-        clock: SystemClock,
-        ready: Callable[[], None],
-        *,
-        disk_fd: int = -1,
-    ) -> None:
-        budget = _share_descriptors()
-        self._listen_fds, self._log, self._ready = listen_fds, log, ready
-        self._clock = clock
-        self._budget, self._disk_fd = budget, disk_fd
-        self._settings = Settings(config)
+    def __init__(self, log: Log, clock: SystemClock) -> None:
+        self._log, self._clock = log, clock
+        self._settings = Settings({"sandbox_id": "", "template_id": ""})
         self._users = Users()
+        self._is_init = False
+        self._processes = Processes(self._settings, self._users, log, Surroundings())
+        self._crew = Crew("guest", on_error=log.fault, stop_s=STOP_S - STOP_TERM_S)
+        self._stop = asyncio.Event()
+        self._child_ended = asyncio.Event()
+        routes = Routes()
+        access = TokenAccess(self._settings, clock)
+        self._parts = Parts(
+            settings=self._settings,
+            users=self._users,
+            access=access,
+            routes=routes,
+            rpc=Rpc(routes, self._users, self._settings, self._on_fault),
+            log=log,
+            clock=clock,
+            spawn=self._crew.spawn,
+        )
+        for service in (basics, files, compose):
+            service.register(self._parts)
+        filesystem.register(self._parts)  # its watchers end with this process
+        process_api.register(self._parts, self._processes)
+        self._server = Server(routes, access, spawn=self._crew.spawn, on_fault=self._on_fault)
+
+    def be(self, config: Mapping[str, Any], cgroup_fds: Mapping[str, Sequence[int]], *, disk_fd: int = -1) -> None:
+        """The guest of the sandbox that `config` describes. Once, in the process that is to `run`."""
+        budget = _share_descriptors()
+        self._settings.take(config)
         self._is_init = os.getpid() == 1
         around = Surroundings(
             cgroup_fds=tuple(cgroup_fds.get("user", ())),
@@ -123,61 +161,39 @@ class Guest:
             switch_user=os.geteuid() == 0,
             may_wear=guise.usable(),
         )
-        self._processes = Processes(self._settings, self._users, log, around, processes_max=budget.processes)
-        self._stop = asyncio.Event()
-        self._child_ended = asyncio.Event()
+        self._processes.settle(around, processes_max=budget.processes)
+        self._server.connections_max = budget.connections
+        metrics.register(self._parts)
+        notices.register(self._parts, run=notices.RUN if self._is_init else None)
+        quiesce.register(self._parts, disk_fd)
 
-    async def run(self) -> None:
+    async def run(self, listen_fds: Mapping[str, int], ready: Callable[[], None]) -> None:
         """Serve until SIGTERM, then end everything within STOP_S."""
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGCHLD, self._reap)
         loop.add_signal_handler(signal.SIGTERM, self._stop.set)
         self._write_facts()
-        async with Crew("guest", on_error=self._log.fault, stop_s=STOP_S - STOP_TERM_S) as crew:
-            server = self._build(crew)
-            for name, fd in self._listen_fds.items():
-                await server.listen(socket.socket(fileno=fd), Peer(name))
-            await self._listen_on_loopback(server)
-            self._ready()
+        async with self._crew:
+            for name, fd in listen_fds.items():
+                await self._server.listen(socket.socket(fileno=fd), Peer(name))
+            await self._listen_on_loopback()
+            ready()
             await self._stop.wait()
             self._log.say("stopping")
-            server.stop()
+            self._server.stop()
             await self._end_processes()
 
     def stop(self) -> None:
         """As SIGTERM does."""
         self._stop.set()
 
-    def _build(self, crew: Crew) -> Server:
-        routes = Routes()
-        access = TokenAccess(self._settings, self._clock)
-        parts = Parts(
-            settings=self._settings,
-            users=self._users,
-            access=access,
-            routes=routes,
-            rpc=Rpc(routes, self._users, self._settings, self._on_fault),
-            log=self._log,
-            clock=self._clock,
-            spawn=crew.spawn,
-        )
-        for service in (basics, files, compose, metrics):
-            service.register(parts)
-        filesystem.register(parts)  # its watchers end with this process
-        process_api.register(parts, self._processes)
-        notices.register(parts, run=notices.RUN if self._is_init else None)
-        quiesce.register(parts, self._disk_fd)
-        return Server(
-            routes, access, spawn=crew.spawn, on_fault=self._on_fault, connections_max=self._budget.connections
-        )
-
-    async def _listen_on_loopback(self, server: Server) -> None:
+    async def _listen_on_loopback(self) -> None:
         """The same service for programs inside (the code interpreter asks it for /envs)."""
         sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             sock.bind(("127.0.0.1", GUEST_PORT))
-            await server.listen(sock, Peer.PUBLIC)
+            await self._server.listen(sock, Peer.PUBLIC)
         except OSError as error:
             # Safe: everybody outside comes over the unix socket.
             sock.close()
@@ -239,12 +255,8 @@ def _seal_imports() -> None:
 
 def _own_descriptors(log_fd: int) -> None:
     """Nothing we were handed may reach a child by accident."""
-    for name in os.listdir("/proc/self/fd"):
-        try:
-            if int(name) > 2:
-                os.set_inheritable(int(name), False)
-        except OSError:
-            pass  # the descriptor of the listing itself
+    if _libc.syscall(_SYS_CLOSE_RANGE, ctypes.c_uint(3), _FD_HIGHEST, _CLOSE_RANGE_CLOEXEC) < 0:
+        raise OSError(ctypes.get_errno(), "descriptors cannot be marked close-on-exec")
     if not stat.S_ISREG(os.fstat(log_fd).st_mode):
         flags = fcntl.fcntl(log_fd, fcntl.F_GETFL)
         fcntl.fcntl(log_fd, fcntl.F_SETFL, flags | os.O_NONBLOCK)

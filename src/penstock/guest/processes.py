@@ -76,6 +76,10 @@ class Processes:
         self._started: dict[int, Process] = {}  # of those, the ones that became their program
         self._retained: OrderedDict[int, Ended] = OrderedDict()
 
+    def settle(self, around: Surroundings, *, processes_max: int) -> None:
+        """Where processes are started from now on, and how many at once."""
+        self._around, self._processes_max = around, processes_max
+
     # ---- starting ------------------------------------------------------------------------------------------
 
     async def start(self, order: Order) -> Process:

@@ -18,8 +18,8 @@ from penstock.core.clock import SystemClock
 from penstock.core.crew import Crew
 from penstock.core.deadlines import within
 from penstock.guest.log import Log
+from penstock.guest.loop import ForkedLoop
 from penstock.guest.main import Guest
-from penstock.guest.server import Server
 from penstock.wire import connect
 
 ROUNDS: Final = 12  # CPython 3.11 specialises a function after 8 calls
@@ -44,8 +44,9 @@ def rehearse(folder: str) -> None:
     folder_fd = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)  # a socket's address is short
     try:
         for _ in range(ROUNDS):
-            loop = asyncio.SelectorEventLoop()
+            loop = ForkedLoop()
             try:
+                loop.open()
                 loop.run_until_complete(_round(f"/proc/self/fd/{folder_fd}/{_SOCKET}", log_fd))
             finally:
                 loop.close()
@@ -58,7 +59,7 @@ def rehearse(folder: str) -> None:
 class _Rehearsed(Guest):
     """Takes no port of the host."""
 
-    async def _listen_on_loopback(self, server: Server) -> None:
+    async def _listen_on_loopback(self) -> None:
         pass
 
 
@@ -70,9 +71,10 @@ async def _round(path: str, log_fd: int) -> None:
     try:
         listener.listen()
         clock, ready = SystemClock(), asyncio.Event()
-        guest = _Rehearsed(config, {"public": listener.detach()}, {}, Log(log_fd, clock), clock, ready.set)
+        guest = _Rehearsed(Log(log_fd, clock), clock)
+        guest.be(config, {})
         async with within(ROUND_S, "a round of the rehearsal"), Crew("rehearsal") as crew:
-            running = crew.spawn(guest.run(), name="guest")
+            running = crew.spawn(guest.run({"public": listener.detach()}, ready.set), name="guest")
             await ready.wait()
             for method, target, body, kind in _CALLS:
                 await _call(path, method, target, body, kind, token)

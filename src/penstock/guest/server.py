@@ -107,7 +107,7 @@ class Server:
         connections_max: int = CONNECTIONS_MAX,
     ) -> None:
         self._routes, self._access, self._spawn, self._on_fault = routes, access, spawn, on_fault
-        self._connections_max = connections_max
+        self.connections_max = connections_max
         self._connections: dict[Connection, None] = {}  # in order of arrival
         self._listeners: list[asyncio.Server] = []
         self._buffer: memoryview | None = None
@@ -151,7 +151,7 @@ class Server:
 
     def admit(self, connection: Connection) -> bytes | None:
         """None when the connection may stay, else what to tell it before closing."""
-        if len(self._connections) >= self._connections_max:
+        if len(self._connections) >= self.connections_max:
             self._refused += 1
             return _REFUSAL
         self._accepted += 1

@@ -14,9 +14,13 @@ NOTICE_PATH: Final = "/run/penstock/notice.json"  # there while a drain wants th
 
 
 class Settings:
-    """Mutable only by `/init`. `env` holds what the creator of the sandbox asked for, never our own names."""
+    """Mutable by `take` and `/init` only. `env` is what the creator of the sandbox asked for, never our own names."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
+        self.take(config)
+
+    def take(self, config: Mapping[str, Any]) -> None:
+        """Everything anew from `config`, which has the fields of `node.ports.GuestConfig`."""
         self.sandbox_id: str = config["sandbox_id"]
         self.template_id: str = config["template_id"]
         self.hostname: str = config.get("hostname") or self.sandbox_id
