@@ -176,7 +176,8 @@ def _complete(front: Front, last: DrainReport) -> bool:
 
 def _event(kind: str, body: dict[str, Any], id: int | None) -> str:
     head = f"id: {id}\n" if id is not None else ""
-    return f"{head}event: {kind}\ndata: {msgspec.json.encode(body).decode()}\n\n"
+    # The kind also within, for readers that see the data alone.
+    return f"{head}event: {kind}\ndata: {msgspec.json.encode({'event': kind, **body}).decode()}\n\n"
 
 
 _decode_report: Final = msgspec.json.Decoder(DrainReport).decode

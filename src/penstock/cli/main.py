@@ -10,7 +10,7 @@ from typing import Annotated, Optional
 import typer
 
 from penstock import __version__
-from penstock.cli import key, sandbox
+from penstock.cli import key, node, sandbox
 from penstock.cli.show import as_json, fails_clearly, note
 
 app = typer.Typer(
@@ -21,6 +21,7 @@ app = typer.Typer(
 )
 app.add_typer(sandbox.app, name="sandbox")
 app.add_typer(key.app, name="key")
+app.add_typer(node.app, name="node")
 
 Data = Annotated[Optional[str], typer.Option("--data", help="Data folder (PENSTOCK_DATA).")]  # noqa: UP045
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
