@@ -12,10 +12,11 @@ import errno
 import signal
 
 from penstock.core.deadlines import DeadlinePassed, within
-from penstock.model.errors import LaunchFailed, NotTheSlot, Unavailable
+from penstock.model.errors import LaunchFailed, NotTheSlot
 from penstock.model.sandbox import EgressRules, Limits
 from penstock.node.egress_rules import compile_rules
-from penstock.node.ports import CgroupUsage, Disk, Guests, LaunchOrder, Notice, Ports, Slot, Stray
+from penstock.node.ports import CgroupUsage, Disk, LaunchOrder, Ports, Slot, Stray
+from penstock.sim.conversations import SimGuests
 from penstock.sim.guests import Guest, Manner
 from penstock.sim.machinery import FOREVER_S, Dead, Life, Machinery, Proc
 
@@ -24,8 +25,6 @@ __all__ = ["Dead", "Kernel", "Life", "Proc", "SimFiles"]
 
 class Kernel(Machinery):
     """The machine, and the ports of the daemon that lives `life` on it."""
-
-    in_person: Guests | None = None  # where guests are real ones, how to speak to them
 
     def ports(self, life: Life) -> Ports:
         return Ports(
@@ -338,53 +337,6 @@ class SimFiles:
         return set(self._kernel.records)
 
 
-class SimGuests:
-    """What guests were told is in `Kernel.notices`. A frozen guest hears nothing; nor does one that was born deaf."""
-
-    def __init__(self, kernel: Kernel, life: Life) -> None:
-        self._kernel, self._life = kernel, life
-
-    async def notify(self, run_dir: str, notice: Notice, *, within_s: float) -> None:
-        async with within(within_s, f"notice of the guest of {_sandbox(run_dir)}"):
-            await self._reach(run_dir)
-            if self._kernel.in_person is not None:
-                await self._kernel.in_person.notify(run_dir, notice, within_s=within_s)
-        self._life.check()
-        self._kernel.notices.setdefault(_sandbox(run_dir), []).append(notice)
-        self._kernel.trace.say("notice", name=_sandbox(run_dir), epoch=notice.epoch)
-
-    async def quiesce(self, run_dir: str, *, within_s: float) -> float:
-        at = self._kernel.wall()
-        async with within(within_s, f"quiesce of the guest of {_sandbox(run_dir)}"):
-            await self._reach(run_dir)
-            if self._kernel.in_person is not None:
-                at = await self._kernel.in_person.quiesce(run_dir, within_s=within_s)
-        self._life.check()
-        return at
-
-    async def health(self, run_dir: str, *, within_s: float) -> bool:
-        try:
-            async with within(within_s, f"health of the guest of {_sandbox(run_dir)}"):
-                await self._reach(run_dir)
-        except (Unavailable, DeadlinePassed):
-            return False
-        return True
-
-    async def _reach(self, run_dir: str) -> None:
-        """Until the guest has answered; for ever when it does not."""
-        sandbox = _sandbox(run_dir)
-        try:
-            await self._kernel.step(self._life, f"call of the guest of {sandbox}", 0.001)
-        except OSError as error:
-            raise Unavailable("the guest does not answer", which=sandbox, why=str(error)) from error
-        proc = next((each for each in self._kernel.processes.values() if each.order.sandbox == sandbox), None)
-        if proc is None:
-            raise Unavailable("the guest does not answer", which=sandbox, why="Connection refused (simulated)")
-        frozen = proc.cgroup is not None and self._kernel.cgroups.get(proc.cgroup, False)
-        if frozen or proc.guest.manner is Manner.DEAF:
-            await asyncio.sleep(FOREVER_S)
-
-
 class SimStrays:
     """Processes outside every cgroup that still hold a slot's namespace."""
 
@@ -397,10 +349,6 @@ class SimStrays:
             for proc in self._kernel.processes.values()
             if proc.cgroup is None
         ]
-
-
-def _sandbox(run_dir: str) -> str:
-    return run_dir.rpartition("/")[2]
 
 
 def _slot(number: int) -> Slot:

@@ -13,7 +13,7 @@ from typing import Final
 
 from penstock.core.deadlines import within
 from penstock.model.sandbox import EgressRules, Limits
-from penstock.node.ports import LaunchOrder, Notice
+from penstock.node.ports import Guests, LaunchOrder, Notice
 from penstock.sim import loop as virtual
 from penstock.sim.faults import Faults
 from penstock.sim.guests import Guest, Nursery
@@ -86,6 +86,7 @@ class Machinery:
         self.images: dict[str, str] = {}  # kept of which disk
         self.run_dirs: set[str] = set()
         self.records: dict[str, list[bytes]] = {}  # whole lines
+        self.in_person: Guests | None = None  # where guests are real ones, how to speak to them
         self.notices: dict[str, list[Notice]] = {}  # that guests took, by sandbox
         self.torn: dict[str, bytes] = {}  # what a write that was cut off left at the end of a record
         self._pids = 1_000
