@@ -31,13 +31,13 @@ _FROZEN: Final = "the memory it is frozen with, and its processes"
 _FILES: Final = ", and files not fetched"
 
 
-def says_it_parks(spec: SandboxSpec, status: SandboxStatus) -> bool:
-    """Whether its node said that it can be paused to disk."""
-    return PAUSE_TO_DISK in status.capabilities
+def parks(spec: SandboxSpec, status: SandboxStatus) -> bool:
+    """As the node has it: whatever serves can be paused to disk, unless its tier names what it can do instead."""
+    return not status.capabilities or PAUSE_TO_DISK in status.capabilities
 
 
 def foresee(
-    spec: NodeSpec, order: DrainOrder, sandboxes: Sandboxes, now: float, *, may_park: MayPark = says_it_parks
+    spec: NodeSpec, order: DrainOrder, sandboxes: Sandboxes, now: float, *, may_park: MayPark = parks
 ) -> DrainPlan:
     """The fate of each of the node's sandboxes under `order`, and what blocks. Sandboxes elsewhere are left out.
 
