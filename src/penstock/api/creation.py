@@ -206,9 +206,9 @@ def _created(caller: Caller, spec: SandboxSpec) -> LoggedEvent:
         kind="sandbox.created",
         subject=spec.id,
         actor=caller.name,
-        because=f"asked for by {caller.name}",
+        because=f"from template {spec.template}",
         deadline=spec.end_at,
-        facts={"template": spec.template, "build": spec.build},
+        facts={"build": spec.build},
         team=spec.team,
     )
 

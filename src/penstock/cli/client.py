@@ -23,6 +23,7 @@ KINDS: Final = {
     403: Kind.FORBIDDEN,
     404: Kind.NOT_FOUND,
     409: Kind.CONFLICT,
+    410: Kind.NOT_FOUND,
     429: Kind.EXHAUSTED,
     501: Kind.UNSUPPORTED,
     502: Kind.UNAVAILABLE,
@@ -75,6 +76,30 @@ class Client:
         except httpx.TransportError as error:
             raise _unreachable(self.profile.api_url, error) from error
         return _checked(response)
+
+    def tail(
+        self, path: str, *, params: dict[str, str], last_id: str = "", quiet_s: float
+    ) -> Iterator[tuple[str, dict[str, Any] | None]]:
+        """Server-sent events as (id, data), as the operator if we may; data is None for an id alone.
+
+        Ends when the stream does, also when it breaks or says nothing for `quiet_s`: come back with the last id.
+        Raises CallFailed when it is refused, or when nobody answers.
+        """
+        headers = {"Last-Event-ID": last_id} if last_id else {}
+        if self.profile.admin_token:
+            headers["X-Admin-Token"] = self.profile.admin_token
+        timeout = httpx.Timeout(10.0, read=quiet_s)
+        began = False
+        try:
+            with self._api.stream("GET", path, params=params, headers=headers, timeout=timeout) as response:
+                if not response.is_success:
+                    response.read()
+                    _checked(response)
+                began = True
+                yield from _server_sent(response.iter_lines())
+        except httpx.TransportError as error:
+            if not began:
+                raise _unreachable(self.profile.api_url, error) from error
 
     def sandbox(self, sandbox: str) -> dict[str, Any]:
         body: dict[str, Any] = self.call("GET", f"/sandboxes/{sandbox}").json()
@@ -151,6 +176,19 @@ def _events(response: httpx.Response) -> Iterator[dict[str, Any]]:
                 return
             yield message["event"]
     raise CallFailed("the sandbox ended while the command ran")
+
+
+def _server_sent(lines: Iterator[str]) -> Iterator[tuple[str, dict[str, Any] | None]]:
+    id, data = "", ""
+    for line in lines:
+        name, _, text = line.partition(": ")
+        if name == "id":
+            id = text
+        elif name == "data":
+            data += text
+        elif not line and (id or data):
+            yield id, json.loads(data) if data else None
+            id, data = "", ""
 
 
 def _kind_of(word: str) -> Kind:

@@ -10,7 +10,7 @@ from typing import Annotated, Optional
 import typer
 
 from penstock import __version__
-from penstock.cli import key, node, sandbox
+from penstock.cli import key, node, sandbox, why
 from penstock.cli.show import as_json, fails_clearly, note
 
 app = typer.Typer(
@@ -110,6 +110,10 @@ def leaks(data: Data = None, json: Json = False) -> None:
     from penstock.cli.profile import data_of
 
     raise SystemExit(run_leaks(data_of(data), json=json))
+
+
+for verb in (why.why, why.events, why.state):
+    app.command()(verb)
 
 
 def main() -> None:

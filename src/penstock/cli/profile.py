@@ -35,11 +35,22 @@ def data_of(given: str | None) -> Path:
     return Path(given or os.environ.get("PENSTOCK_DATA") or DATA_DEFAULT).absolute()
 
 
+def _admin_token(folder: Path, api_url: str) -> str | None:
+    """That of the data folder, if its daemon is the one that the environment names and we may read it."""
+    try:
+        if json.loads((folder / "run" / "daemon.json").read_text())["api_url"] != api_url:
+            return None
+        return (folder / "admin-token").read_text().strip()
+    except (OSError, ValueError, KeyError):
+        return None
+
+
 def load(data: str | None) -> Profile:
     """Raises NoInstallation when neither the environment nor the data folder names a running daemon."""
     environ = os.environ
     if data is None and all(environ.get(name) for name in ("E2B_API_URL", "E2B_SANDBOX_URL", "E2B_API_KEY")):
-        return Profile(environ["E2B_API_URL"], environ["E2B_SANDBOX_URL"], environ["E2B_API_KEY"])
+        url = environ["E2B_API_URL"]
+        return Profile(url, environ["E2B_SANDBOX_URL"], environ["E2B_API_KEY"], _admin_token(data_of(None), url))
     folder = data_of(data)
     try:
         addresses = json.loads((folder / "run" / "daemon.json").read_text())

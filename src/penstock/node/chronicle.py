@@ -74,7 +74,10 @@ class Chronicle:
         if status.kill_reason is not None:
             found["reason"] = status.kill_reason.value
         if event in (Event.GUEST_HELLO, Event.FAULT) and status.steps_ms:
-            found["steps_ms"] = " ".join(f"{step}={took_ms:.1f}" for step, took_ms in status.steps_ms.items())
+            steps = [
+                (step, took_ms) for step, took_ms in status.steps_ms.items() if "." not in step
+            ]  # not those inside
+            found["steps_ms"] = " ".join(f"{step}={took_ms:.1f}" for step, took_ms in steps)
         self._tell(kind, status, status.because, actor=self._actor(event, status), facts=found)
 
     def adopted(self, status: SandboxStatus) -> None:

@@ -45,6 +45,7 @@ from penstock.run import children, furnish, metrics
 from penstock.run.datafolder import DataFolder
 from penstock.run.edges import Edges
 from penstock.run.front_server import FrontServer
+from penstock.run.journal import STARTED, STOPPING, Journal
 from penstock.run.settings import OnStop, Settings, host_port
 from penstock.store.sqlite import SqliteLog
 from penstock.store.store import Store
@@ -112,25 +113,35 @@ class Daemon:
         self._store = Store(SqliteLog(self.folder.store), self._clock)
         await self._store.open()
         self._closes("store", lambda _: self._store.close())
+        self._journal = Journal(self._store, self._clock, self._rng, subject=NODE)
+        before = self._journal.how_the_last_one_ended()
         await self._crew.__aenter__()
         self._closes("tasks", lambda _: self._end_tasks())
         self._source = LocalSource(self._store)
 
         layer = await furnish.base_layer(self.folder, self._say)
-        await furnish.first_records(self._store, self._clock, self._rng, self.folder, layer)
+        await furnish.first_records(self._store, self._clock, self._rng, self.folder, layer, self._journal)
 
         self._edges = Edges(self.settings, self.folder)
         self._closes("zygote and edges", self._close_edges)
         await self._edges.open(self._say)
-        self._keep("zygote", self._edges.keep(log.warning))
+        self._keep("zygote", self._edges.keep(self._journal.teller(self._crew, "zygote.replaced", log.warning)))
         await self._start_node()
+        assert self._node is not None
+        taken_up = sum(self._node.statistics().sandboxes.values())
+        await self._journal.write(STARTED, before, version=__version__, sandboxes=str(taken_up))
+        self._closes("journal", self._tell_stopping)  # first of all that is closed from here on
+
+    async def _tell_stopping(self, on_stop: OnStop) -> None:
+        why = f", because a part of it failed: {self._failure}" if self._failure is not None else ""
+        await self._journal.write(STOPPING, f"{on_stop.value}{why}")
 
     async def _start_faces(self) -> None:
         self._closes("API", lambda _: self._front.stop())
         controller = Controller(store=self._store, source=self._source, clock=self._clock, rng=self._rng)
         await controller.open(self._crew)
         await self._start_ingress()
-        await self._start_front()
+        await self._start_front(controller)
         self._announce()
         self._ready = True
 
@@ -196,7 +207,7 @@ class Daemon:
         metrics.NodeCollector(self._registry, node.statistics)
         self._crew.spawn(metrics.measure_lag(self._registry), name="loop lag")
 
-    async def _start_front(self) -> None:
+    async def _start_front(self, controller: Controller) -> None:
         views = await self._views()
         roster = Roster(views["specs"], views["statuses"])
         assert self._node is not None
@@ -219,6 +230,8 @@ class Daemon:
             nodes=views["nodes"],
             planner=foresee,
             measurements=samples,
+            reasons=controller,
+            holdings=self._node,
             clock=self._clock,
             rng=self._rng,
             seed=self.folder.seed,
@@ -264,7 +277,8 @@ class Daemon:
                 self._say(f"{name} stays on {given}, not {asked}: to move it, stop with penstock down --drain first")
         if told.get("domain", self.settings.domain) != self.settings.domain:
             self._say(f"its certificate stays that of {told['domain']}: stop with penstock down --drain to change it")
-        self._keep("ingress", children.keep(self._ingress, self._restart_ingress, log=log.warning))
+        says = self._journal.teller(self._crew, "ingress.replaced", log.warning)
+        self._keep("ingress", children.keep(self._ingress, self._restart_ingress, log=says))
 
     async def _restart_ingress(self) -> children.Child:
         """At the addresses it had: clients and printed variables name them."""

@@ -16,6 +16,7 @@ from penstock.model.team import TEAM_DEFAULT, ApiKey
 from penstock.model.template import TEMPLATE_BASE, Build, Layer, Template
 from penstock.node.linux.base import build_base
 from penstock.run.datafolder import DataFolder
+from penstock.run.journal import Journal
 from penstock.store.store import Put, Store
 from penstock.wire import tokens
 
@@ -36,7 +37,9 @@ async def base_layer(folder: DataFolder, say: Callable[[str], None]) -> Layer:
     return await asyncio.to_thread(build_base, str(folder.layers), progress=progress)
 
 
-async def first_records(store: Store, clock: Clock, rng: random.Random, folder: DataFolder, layer: Layer) -> None:
+async def first_records(
+    store: Store, clock: Clock, rng: random.Random, folder: DataFolder, layer: Layer, journal: Journal
+) -> None:
     """Write what is missing: a new build when the layer is new, and the record of the folder's own API key.
 
     A build is never changed: sandboxes of an older one keep it, new sandboxes get the new one.
@@ -46,6 +49,8 @@ async def first_records(store: Store, clock: Clock, rng: random.Random, folder: 
     puts: list[Put] = []
     if store.get(keys.BUILD + build.id) is None:
         puts.append(Put(keys.BUILD + build.id, _encode(build), labels={"template": TEMPLATE_BASE}, expect=0))
+        why = "the machine's packages changed" if store.list(keys.BUILD).records else "a new installation"
+        puts.append(journal.line("build.made", why, subject=build.id, template=TEMPLATE_BASE, layer=layer.digest))
     present = store.get(keys.TEMPLATE + template.id)
     if present is None:
         puts.append(Put(keys.TEMPLATE + template.id, _encode(template), labels={"name": TEMPLATE_BASE}, expect=0))
@@ -55,6 +60,8 @@ async def first_records(store: Store, clock: Clock, rng: random.Random, folder: 
     if not store.list(keys.API_KEY, labels={"hash": key.hash}).records:
         labels = {"hash": key.hash, "team": key.team}
         puts.append(Put(keys.API_KEY + key.id, _encode(key), labels=labels, expect=0))
+        why = "the data folder's own key"
+        puts.append(journal.line("key.made", why, subject=key.id, team=key.team, name=key.name))
     if puts:
         await store.commit(puts, by="run", durable=True)
 

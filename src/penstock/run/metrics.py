@@ -13,6 +13,10 @@ from prometheus_client.registry import Collector
 from penstock.node.facts import NodeStatistics
 
 LAG_EVERY_S: Final = 0.25
+_TOLD: Final = {  # lines of the event log that are counters of their own
+    "adopted": "Sandboxes taken up from an earlier daemon",
+    "reaped": "Sandboxes released after quarantine",
+}
 
 
 class NodeCollector(Collector):
@@ -38,6 +42,10 @@ class NodeCollector(Collector):
         yield CounterMetricFamily("penstock_creates_failed", "Sandboxes that never became ready", now.failed_total)
         yield CounterMetricFamily("penstock_swept", "Objects without a record that were removed", now.swept_total)
         yield _counters("penstock_refusals", "Starts refused, by reason", "reason", now.refused_total)
+        told = now.told_total
+        for name, text in _TOLD.items():
+            yield CounterMetricFamily(f"penstock_{name}", text, told.get(f"sandbox.{name}", 0))
+        yield _counters("penstock_node_events", "Lines the node told the event log, by kind", "kind", told)
         yield _counters("penstock_ended", "Sandboxes that ended, by reason", "reason", now.ended_total)
         steps = {step: sorted(last)[len(last) // 2] / 1000 for step, last in now.steps_ms.items() if last}
         yield _gauges("penstock_create_step_seconds", "Median of the last creates, by step", "step", steps)

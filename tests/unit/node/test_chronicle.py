@@ -108,7 +108,8 @@ def test_every_transition_that_a_node_makes_is_told_but_the_steps_of_a_start() -
 
 
 def test_a_ready_sandbox_says_what_its_start_spent_its_time_on() -> None:
-    told = say(Phase.STARTING, Event.GUEST_HELLO, status(Phase.READY, steps_ms={"slot": 0.25, "launch": 21.0}))
+    steps_ms = {"slot": 0.25, "launch": 21.0, "launch.proc": 3.0}
+    told = say(Phase.STARTING, Event.GUEST_HELLO, status(Phase.READY, steps_ms=steps_ms))
     assert told is not None
     assert told.facts["steps_ms"] == "slot=0.2 launch=21.0"
 
