@@ -108,7 +108,7 @@ class Daemon:
             self.api_url = self._front.url
             self._closes("address of the API", lambda _: self._front.stop())
         # A dead daemon's ingress is ours to end, also when we never start one.
-        self._ingress = children.find("ingress", self.folder.ingress_file)
+        self._ingress = self.folder.ingress()
         self._closes("ingress", self._close_ingress)
         self._store = Store(SqliteLog(self.folder.store), self._clock)
         await self._store.open()
@@ -119,8 +119,9 @@ class Daemon:
         self._closes("tasks", lambda _: self._end_tasks())
         self._source = LocalSource(self._store)
 
-        layer = await furnish.base_layer(self.folder, self._say)
-        await furnish.first_records(self._store, self._clock, self._rng, self.folder, layer, self._journal)
+        if serve:
+            layer = await furnish.base_layer(self.folder, self._say)
+            await furnish.first_records(self._store, self._clock, self._rng, self.folder, layer, self._journal)
 
         self._edges = Edges(self.settings, self.folder)
         self._closes("zygote and edges", self._close_edges)
@@ -262,6 +263,10 @@ class Daemon:
     async def _start_ingress(self) -> None:
         self._feed = FeedServer(self._source, self.folder.feed_socket, prefixes=FEED_PREFIXES)
         await self._feed.serve(self._crew)
+        if self._ingress is not None and not self.folder.ingress_file.exists():
+            self._say("the ingress that runs cannot say any more where it listens; ending it")
+            await asyncio.to_thread(children.end, self._ingress, term_s=CLOSER_S)
+            self._ingress = None
         if self._ingress is None:
             self._say("starting the ingress")
             self._ingress = await self._run_ingress(self.settings.ingress, self.settings.tls)
@@ -295,7 +300,7 @@ class Daemon:
             "ingress",
             children.module("penstock.run.ingress", *argv),
             pid_file=self.folder.ingress_file,
-            log=self.folder.run / "ingress.log",
+            log=self.folder.ingress_log,
         )
 
     def _domain(self) -> str:

@@ -15,6 +15,7 @@ from typing import Final
 
 from penstock.core.errors import Kind, PenstockError
 from penstock.model.ids import mint_installation_id
+from penstock.node.linux.claims import Claims
 from penstock.run import children
 
 FORMAT: Final = "1"  # of the folder's layout; an older daemon refuses a newer folder
@@ -33,6 +34,13 @@ class FolderUnusable(PenstockError):
     code = "folder_unusable"
 
 
+class NotAnInstallation(PenstockError):
+    """There is nothing at this path that Penstock made, or not enough of it to know its kernel objects by name."""
+
+    kind = Kind.NOT_FOUND
+    code = "not_an_installation"
+
+
 class DataFolder:
     """Opens (and on first use makes) the folder at `path`. Takes no lock until `lock()`."""
 
@@ -45,6 +53,8 @@ class DataFolder:
         self.daemon_file = self.run / "daemon.json"
         self.zygote_file = self.run / "zygote.json"
         self.ingress_file = self.run / "ingress.json"
+        self.zygote_log = self.run / "zygote.log"
+        self.ingress_log = self.run / "ingress.log"
         self.router = self.run / "router"
         self.store = self.path / "store.db"
         self.layers = self.path / "layers"
@@ -59,9 +69,33 @@ class DataFolder:
     @property
     def in_use(self) -> bool:
         """Whether an earlier daemon left something running: a sandbox (by its record), the ingress or the zygote."""
-        children_of_ours = (("zygote", self.zygote_file), ("ingress", self.ingress_file))
-        return any(children.find(*child) is not None for child in children_of_ours) or any(
-            (self.path / "records").iterdir()
+        return self.zygote() is not None or self.ingress() is not None or any((self.path / "records").iterdir())
+
+    def zygote(self) -> children.Child | None:
+        """The living zygote of this folder, also when somebody removed its pid file."""
+        return children.find("zygote", self.zygote_file) or children.search("zygote", self.zygote_log)
+
+    def ingress(self) -> children.Child | None:
+        """Likewise the ingress."""
+        return children.find("ingress", self.ingress_file) or children.search("ingress", self.ingress_log)
+
+    def require(self) -> DataFolder:
+        """For those who look after an installation, and make none. Raises NotAnInstallation naming what is missing."""
+        if self.exists:
+            return self
+        known = Claims().installation_at(str(self.path))
+        if known is not None:
+            raise NotAnInstallation(
+                "the data folder does not say any more whose it is",
+                which=str(self.path),
+                why="its file `installation` is missing",
+                now=f"this host knows it as {known}: write that word into {self.path}/installation",
+            )
+        raise NotAnInstallation(
+            "no installation",
+            which=str(self.path),
+            why="the folder has no file `installation`" if self.path.is_dir() else "no such folder",
+            now="name its folder with --data",
         )
 
     def open(self) -> DataFolder:

@@ -6,36 +6,50 @@ import asyncio
 import contextlib
 import os
 import select
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
 from penstock.core.deadlines import DeadlinePassed
-from penstock.core.errors import Kind, PenstockError
 from penstock.run import children, door
 from penstock.run.datafolder import DataFolder, FolderInUse
 from penstock.run.settings import OnStop, load
 
 WITHIN_S: Final = 24 * 3600.0  # a drain's own bound is the daemon's; ours is only against a hang
 EXIT_S: Final = 30.0
-
-
-class NotAnInstallation(PenstockError):
-    kind = Kind.NOT_FOUND
-    code = "not_an_installation"
+BUSY_S: Final = 180.0  # a daemon's first start links a base for seconds; another `down` drains within its settings
+DOOR_S: Final = 10.0
+PAUSE_S: Final = 0.1
 
 
 def main(data: Path, mode: str, *, progress: Callable[[str], None]) -> int:
-    """Exit code 0: stopped as asked, nothing failed. With a dead daemon, `drain` and `force` clear what it left."""
-    folder = DataFolder(str(data))
-    if not folder.exists:
-        raise NotAnInstallation("no installation", which=str(data), now="name its folder with --data")
-    daemon = children.find("daemon", folder.daemon_file)
-    if daemon is not None:
-        code = _ask(folder, daemon, mode, progress)
-        if code is not None:
-            return code
+    """Exit code 0: stopped as asked, nothing failed. With a dead daemon, `drain` and `force` clear what it left.
+
+    While a daemon starts on the folder, or another `down` clears it, this one waits and then does what is left to do.
+    Raises NotAnInstallation, or FolderInUse when that takes longer than BUSY_S.
+    """
+    folder = DataFolder(str(data)).require()
+    until, told = time.monotonic() + BUSY_S, False
+    while True:
+        daemon = children.find("daemon", folder.daemon_file)
+        code = _ask(folder, daemon, mode, progress) if daemon is not None else None
+        try:
+            return _without_daemon(data, mode, progress) if code is None else code
+        except FolderInUse as busy:
+            if time.monotonic() >= until:
+                raise
+            if not told:
+                progress(f"{busy.why} is at work on this folder; waiting for it")
+                told = True
+            time.sleep(PAUSE_S)
+
+
+def _without_daemon(data: Path, mode: str, progress: Callable[[str], None]) -> int:
     if mode == OnStop.KEEP.value:
+        folder = DataFolder(str(data))
+        folder.lock()  # so that a daemon which is just starting is not overlooked
+        folder.unlock()
         progress("the daemon is not running; sandboxes go on running")
         return 0
     return asyncio.run(_clear(data, mode, progress))
@@ -48,15 +62,20 @@ def _ask(folder: DataFolder, daemon: children.Child, mode: str, progress: Callab
         return None
     code: int | None = None
     try:
-        with contextlib.suppress(door.DoorClosed):
-            for line in door.ask(folder.door_socket, {"stop": mode}, within_s=WITHIN_S):
-                if "note" in line:
-                    progress(line["note"])
-                if "error" in line:
-                    progress(f"stop: {line['error']}")
-                code = line.get("done", code)
         poller = select.poll()
         poller.register(pidfd, select.POLLIN)
+        asked = False
+        for _ in range(int(DOOR_S / PAUSE_S)):
+            with contextlib.suppress(door.DoorClosed):  # it has said that it runs, and opens its door a moment later
+                for line in door.ask(folder.door_socket, {"stop": mode}, within_s=WITHIN_S):
+                    asked = True
+                    if "note" in line:
+                        progress(line["note"])
+                    if "error" in line:
+                        progress(f"stop: {line['error']}")
+                    code = line.get("done", code)
+            if asked or poller.poll(PAUSE_S * 1000):
+                break
         if not poller.poll(EXIT_S * 1000):
             raise DeadlinePassed(f"the exit of the daemon, pid {daemon.pid}", within_s=EXIT_S)
     finally:
@@ -69,13 +88,17 @@ async def _clear(data: Path, mode: str, progress: Callable[[str], None]) -> int:
     from penstock.run.daemon import Daemon
 
     settings = load({"data": str(data), "api": "127.0.0.1:0", "slots_ready": 0})
-    daemon = Daemon(settings, DataFolder(str(data)).open(), lambda _: None)
+    folder = DataFolder(str(data)).open()
+    folder.lock()
+    folder.unlock()
+    daemon = Daemon(settings, folder, lambda _: None)
     progress("the daemon is not running; clearing what it left")
+    await daemon.start(serve=False)
     try:
-        await daemon.start(serve=False)
-    except FolderInUse:
-        progress("a daemon is starting on this folder; try again")
+        await daemon.stop(OnStop(mode))
+    except ExceptionGroup as group:
+        for error in group.exceptions:
+            progress(f"stop: {'; '.join([*getattr(error, '__notes__', []), str(error)])}")
         return 1
-    await daemon.stop(OnStop(mode))
     progress("stopped. Nothing of this installation is running")
     return 0

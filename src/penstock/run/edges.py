@@ -69,7 +69,10 @@ class Edges:
 
     async def open(self, say: Callable[[str], None]) -> None:
         """The zygote runs and our cgroups exist. A zygote of an earlier daemon is taken over."""
-        self._zygote = children.find("zygote", self._folder.zygote_file)
+        self._zygote = self._folder.zygote()
+        if self._zygote is not None and not self._folder.zygote_socket.exists():
+            await asyncio.to_thread(children.end, self._zygote, term_s=ZYGOTE_TERM_S)  # nobody can reach it any more
+            self._zygote = None
         await self._disks.retake()  # those of running sandboxes: their ends need no write-out then
         await self._cgroups.open()
         if self._zygote is not None:
@@ -88,7 +91,7 @@ class Edges:
             "zygote",
             children.module("penstock.run.zygote", str(self._folder.path)),
             pid_file=self._folder.zygote_file,
-            log=self._folder.run / "zygote.log",
+            log=self._folder.zygote_log,
         )
         return self._zygote
 
