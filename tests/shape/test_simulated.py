@@ -30,7 +30,7 @@ def look(frame, event, argument):
 sys.setprofile(look)
 for seed in range(12):
     traffic.run(seed)
-for seed in range(2):
+for seed in range(6):
     world.run(seed)
 sys.setprofile(None)
 ran = {}

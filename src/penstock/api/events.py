@@ -38,7 +38,7 @@ async def events(
 ) -> Response:
     """The newest `limit` lines that match, oldest first. `truncated`: there were more."""
     wanted = event_log.read(front, since=since, subject=subject, kind=kind)
-    lines, truncated = event_log.select(front, caller, wanted, limit)
+    lines, truncated = await event_log.select(front, caller, wanted, limit)
     return JSONResponse({"revision": front.store.revision, "events": lines, "truncated": truncated})
 
 
@@ -64,7 +64,7 @@ async def stream(
         if gone is not None:
             return gone
     elif since:
-        first, _ = event_log.select(front, caller, wanted, event_log.LINES_MAX)
+        first, _ = await event_log.select(front, caller, wanted, event_log.LINES_MAX)
     place = AsyncExitStack()
     await place.enter_async_context(front.tails.enter("another one", 0))
     try:
@@ -85,7 +85,7 @@ async def why(front: FrontDep, caller: CallerDep, id: str) -> Response:
     if not 0 < len(id) <= SUBJECT_CHARS_MAX:
         raise Invalid("id", f"is not 1 to {SUBJECT_CHARS_MAX} characters")
     wanted = event_log.Wanted(subject=id)
-    lines, truncated = event_log.select(front, caller, wanted, event_log.LINES_MAX)
+    lines, truncated = await event_log.select(front, caller, wanted, event_log.LINES_MAX)
     present = {record.key: record_shapes.value(record) for record in _present(front, caller, id)}
     if not lines and not present:
         raise NotFound(f"nothing is known of {id!r}", now="see penstock events: lines older than a week are removed")

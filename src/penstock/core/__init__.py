@@ -2,5 +2,5 @@
 
 Reading order: `deadlines` (every wait is bounded and named), `settle` (finish despite cancellation), `crew` (tasks with
 an owner), `ledger` (give back what was taken, in order), `gate` (drain), `machine` (tables of states); then `keyqueue`,
-`breaker`, `fanout`, `events`, `clock`.
+`breaker`, `clock`.
 """
