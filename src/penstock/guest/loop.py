@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import select
 import selectors
-from collections.abc import Mapping
+import signal
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 EVENTS_AT_ONCE_MIN: Final = 8
@@ -34,6 +35,13 @@ class ForkedLoop(asyncio.SelectorEventLoop):
         """Raises OSError."""
         self._polled.open()
         self._make_self_pipe()  # type: ignore[attr-defined]
+
+    def on_signal(self, number: int, callback: Callable[[], object]) -> None:
+        """As `add_signal_handler`, which first asks for the set of all signals, at 65 look-ups that mostly raise."""
+        signal.set_wakeup_fd(self._csock.fileno())  # type: ignore[attr-defined]
+        self._signal_handlers[number] = asyncio.Handle(callback, (), self)  # type: ignore[attr-defined]
+        signal.signal(number, _noted_by_wakeup)
+        signal.siginterrupt(number, False)  # system calls go on by themselves
 
     def close(self) -> None:
         if not self.is_closed() and not self._polled.is_open:
@@ -113,6 +121,10 @@ class EpollSelector(selectors.BaseSelector):
 
     def _room(self) -> int:
         return max(len(self._keys), EVENTS_AT_ONCE_MIN)
+
+
+def _noted_by_wakeup(number: int, frame: object) -> None:
+    """Python writes a signal's number into the self-pipe only for a signal that has a handler."""
 
 
 def _fd(fileobj: Any) -> int:

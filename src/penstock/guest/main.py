@@ -104,7 +104,6 @@ class Unborn:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # Python's handler would raise in the middle of anything
             os.umask(0o022)  # children have it from us
             self._loop.open()
-            asyncio.set_event_loop(self._loop)
             self._guest.be(config, cgroup_fds or {}, disk_fd=disk_fd)
             self._loop.run_until_complete(self._guest.run(listen_fds, ready))
             status = 0
@@ -170,8 +169,9 @@ class Guest:
     async def run(self, listen_fds: Mapping[str, int], ready: Callable[[], None]) -> None:
         """Serve until SIGTERM, then end everything within STOP_S."""
         loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGCHLD, self._reap)
-        loop.add_signal_handler(signal.SIGTERM, self._stop.set)
+        assert isinstance(loop, ForkedLoop)
+        loop.on_signal(signal.SIGCHLD, self._reap)
+        loop.on_signal(signal.SIGTERM, self._stop.set)
         self._write_facts()
         async with self._crew:
             for name, fd in listen_fds.items():

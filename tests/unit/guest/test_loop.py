@@ -52,7 +52,7 @@ def _fork(loop: ForkedLoop, tell: int) -> int:
     if pid == 0:
         try:
             loop.open()
-            loop.add_signal_handler(signal.SIGUSR1, os.write, tell, b"s")
+            loop.on_signal(signal.SIGUSR1, lambda: os.write(tell, b"s"))
             loop.call_soon(os.write, tell, b"r")
             loop.run_forever()
         finally:

@@ -76,7 +76,20 @@ _libc_waiting: Final = ctypes.CDLL(None, use_errno=True)
 _libc_waiting.syscall.restype = ctypes.c_long
 
 
-# Bound now: the first look-up of a name stores it, which in a child means copied pages.
+# Looked up now: the first time stores what was found, which in a child means copied pages.
+for _name in (
+    "unshare",
+    "setns",
+    "sethostname",
+    "prctl",
+    "setfsuid",
+    "setfsgid",
+    "capget",
+    "capset",
+    "umount2",
+    "pivot_root",
+):
+    getattr(_libc, _name)
 _before_fork: Final = ctypes.pythonapi.PyOS_BeforeFork
 _after_fork_in_child: Final = ctypes.pythonapi.PyOS_AfterFork_Child
 _after_fork_in_parent: Final = ctypes.pythonapi.PyOS_AfterFork_Parent
