@@ -377,3 +377,19 @@ async def test_a_closed_store_is_not_waited_for(served: Served) -> None:
     await served.store.close()
     with pytest.raises(Unavailable):
         await reports.put("a/1", b"x")
+
+
+async def test_records_that_nothing_overtakes_are_one_revision_wait_for_room_and_may_be_added_twice(
+    served: Served,
+) -> None:
+    reports = LocalReports(served.store, by="t", rng=RNG)
+    records = [(f"a/{n}", b"%d" % n, {"team": f"t{n}"}) for n in range(3)]
+    served.log.fail_next = StoreFull("no room")
+    await reports.add(records)
+    assert served.store.revision == 1
+    await reports.add(records)
+    found = served.store.list("a/").records
+    assert [(record.key, record.value, record.labels) for record in found] == records
+    await served.store.close()
+    with pytest.raises(Unavailable):
+        await reports.add(records)

@@ -17,6 +17,7 @@ from penstock.core.deadlines import within
 from penstock.feed.local import LocalSource
 from penstock.feed.view import View
 from penstock.model import keys
+from penstock.model.event import decode
 from penstock.model.ids import BuildId, NodeId, SandboxId, TeamId
 from penstock.model.node import NodeSpec, NodeStatus
 from penstock.model.sandbox import KillReason, Limits, Phase, SandboxSpec, SandboxStatus, StopOrder
@@ -214,3 +215,50 @@ async def test_a_conflict_with_a_write_that_is_still_on_its_way_does_not_stall_t
         await faster
         await house.bound(sandbox, "n1")
         assert controller.statistics().conflicts_total < 5
+
+
+def told(house: House, sandbox: SandboxId) -> list[tuple[str, str, int]]:
+    """(kind, why, revision) of each line of the event log about it."""
+    records = house.store.list(keys.EVENT, labels={"subject": sandbox}).records
+    events = [(decode(record.value), record.create_revision) for record in records]
+    assert all(event.actor == "control" and event.team == "t" for event, _ in events)
+    return [(event.kind, event.because, revision) for event, revision in events]
+
+
+async def test_each_decision_is_in_the_event_log_at_the_revision_that_made_it(house: House) -> None:
+    sandbox = await house.create("ia")
+    await asyncio.sleep(0.02)
+    await house.node("n1")
+    await house.bound(sandbox, "n1")
+    bound = house.store.get(keys.SANDBOX_SPEC + sandbox)
+    assert bound is not None
+    await house.node("n2")
+    await house.say(sandbox, Phase.PENDING, "n1")
+    await house.bound(sandbox, "n2")
+    rebound = house.store.get(keys.SANDBOX_SPEC + sandbox)
+    assert rebound is not None
+    await house.say(sandbox, Phase.STOPPED, "n2")
+    await house.gone(sandbox)
+    removed = house.store.revision
+    assert [(kind, revision) for kind, _, revision in told(house, sandbox)][1:] == [
+        ("sandbox.bound", bound.mod_revision),
+        ("sandbox.rebound", rebound.mod_revision),
+        ("sandbox.removed", removed),
+    ]
+    why = [text for _, text, _ in told(house, sandbox)]
+    assert told(house, sandbox)[0][0] == "sandbox.waits"
+    assert "no node has joined" in why[0]
+    assert "n1 refused it just now" in why[2]
+
+
+async def test_one_that_waits_says_so_once_however_often_it_is_looked_at(house: House) -> None:
+    await house.node("n1", sandboxes_max=1)
+    first, second = await house.create("ia"), await house.create("ib")
+    await house.bound(first, "n1")
+    for cordoned in (True, False, True, False):
+        await house.cordon("n1", cordoned=cordoned)
+        await asyncio.sleep(0.01)
+    assert [kind for kind, _, _ in told(house, second)] == ["sandbox.waits"]
+    await house.say(first, Phase.STOPPED, "n1")
+    await house.bound(second, "n1")
+    assert [kind for kind, _, _ in told(house, second)] == ["sandbox.waits", "sandbox.bound"]

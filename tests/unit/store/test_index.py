@@ -46,3 +46,15 @@ def test_a_listing_walks_only_what_it_returns() -> None:
         index._by_label[name] = Untouchable(index._by_label[name])
     assert [found.key for found in index.list("a/", {"team": "x"})] == ["a/0", "a/1", "a/2"]
     assert len(index.list("a/")) == 10
+
+
+def test_the_newest_of_a_folder_come_first_and_cost_what_is_taken() -> None:
+    index = Index()
+    for n in (3, 1, 2):
+        index.apply(Change("put", record(f"a/{n}")))
+        index.apply(Change("put", record(f"b/{n}")))
+    index.apply(Change("put", record("a/3")))  # written again: not created again
+    index.apply(Change("delete", record("a/1")))
+    assert [found.key for found in index.newest("a/")] == ["a/2", "a/3"]
+    assert next(index.newest("b/")).key == "b/2"
+    assert list(index.newest("c/")) == []
