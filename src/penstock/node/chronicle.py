@@ -12,7 +12,7 @@ from collections import Counter
 from typing import Final, Protocol
 
 from penstock.core.clock import Clock
-from penstock.model.drain import Step
+from penstock.model.drain import DrainReport, DrainStage, Outcome, Step
 from penstock.model.event import LoggedEvent, drain_subject
 from penstock.model.ids import NodeId
 from penstock.model.sandbox import Event, KillReason, Phase, SandboxStatus
@@ -64,6 +64,7 @@ class Chronicle:
     def __init__(self, reporter: Teller, clock: Clock, node_id: NodeId) -> None:
         self._reporter, self._clock, self._node = reporter, clock, node_id
         self.told_total: Counter[str] = Counter()
+        self._drain: tuple[int, DrainStage, int] | None = None  # epoch, stage and force attempts as last told
 
     def phase(self, before: Phase, event: Event, status: SandboxStatus, **facts: str) -> None:
         """A transition that was just made: `before` its phase until now, `status` what is said of it from now on."""
@@ -111,6 +112,35 @@ class Chronicle:
         facts = {"snapshot": snapshot, "disk_bytes": str(disk_bytes)}
         self._tell(f"sandbox.{kind}", status, status.because, facts=facts, related=(snapshot,))
 
+    def drain(self, report: DrainReport) -> None:
+        """Progress of a drain that was ordered: a line when its stage changes, and one per answered force attempt."""
+        before, now = self._drain, (report.epoch, report.stage, report.forced_number)
+        if before == now:
+            return
+        self._drain = now
+        forced = before is not None and before[0] == report.epoch and report.forced_number > before[2]
+        if forced:
+            errors = "; ".join(report.force_errors)
+            self._tell_drain("drain.force_failed" if errors else "drain.forced", report, errors or "nobody is left")
+        if before is None or before[:2] != now[:2]:
+            self._tell_drain(f"drain.{report.stage.value}", report, report.reason)
+
+    def outcome(self, epoch: int, outcome: Outcome, *, team: str = "") -> None:
+        """What a drain made of one sandbox; stands in the chain of both."""
+        facts = {"fate": outcome.fate.value} | ({"error": outcome.error} if outcome.error else {})
+        self._put(
+            LoggedEvent(
+                at=outcome.at,
+                kind="sandbox.fate",
+                subject=outcome.sandbox,
+                actor=f"node {self._node}",
+                because=outcome.because,
+                related=(drain_subject(self._node, epoch),),
+                facts={"node": self._node, "epoch": str(epoch)} | facts,
+                team=team,
+            )
+        )
+
     def node(self, kind: str, because: str = "", *, actor: str = "", **facts: str) -> None:
         """Something about the node itself: `kind` is `node.…`."""
         self._put(
@@ -120,6 +150,23 @@ class Chronicle:
                 subject=self._node,
                 actor=actor or f"node {self._node}",
                 because=because,
+                facts=facts,
+            )
+        )
+
+    def _tell_drain(self, kind: str, report: DrainReport, because: str) -> None:
+        counts = {"starts": report.starts, "builds": report.builds, "live": report.live, "stuck": report.quarantined}
+        facts = {name: str(count) for name, count in (counts | report.fates).items() if count}
+        if report.succeeded is not None:
+            facts["succeeded"] = str(report.succeeded).lower()
+        self._put(
+            LoggedEvent(
+                at=self._clock.wall(),
+                kind=kind,
+                subject=drain_subject(report.node, report.epoch),
+                actor=f"node {self._node}",
+                because=because,
+                related=(report.node,),
                 facts=facts,
             )
         )

@@ -13,7 +13,7 @@ from penstock.core.clock import SystemClock
 from penstock.core.crew import Crew
 from penstock.feed.local import LocalReports
 from penstock.model import keys
-from penstock.model.drain import Step
+from penstock.model.drain import DrainReport, DrainStage, Fate, Outcome, Step
 from penstock.model.errors import Unavailable
 from penstock.model.event import LoggedEvent, decode, labels_of_related
 from penstock.model.ids import NodeId, SandboxId, TeamId
@@ -124,6 +124,38 @@ def test_a_rung_of_the_ladder_stands_in_the_chain_of_its_drain_with_what_comes_n
     assert (term.kind, term.related, term.deadline) == ("sandbox.term", ("drain-n1-4",), 99.0)
     assert (park.kind, park.facts["failed"]) == ("sandbox.park_failed", "disk is full")
     assert stop.related == ()
+
+
+def test_a_drain_tells_its_stages_its_force_attempts_and_each_fate_once() -> None:
+    heard = Heard()
+    chronicle = Chronicle(heard, SystemClock(), NodeId("n1"))
+    report = DrainReport(node=NodeId("n1"), epoch=4, stage=DrainStage.LIVE, began_at=1.0, reason="update", live=2)
+    replace = msgspec.structs.replace
+    for seen in (
+        report,
+        replace(report, live=1),
+        replace(report, stage=DrainStage.FORCING),
+        replace(report, forced_number=1, force_errors=("ia: EBUSY",), quarantined=1),
+        replace(report, stage=DrainStage.FORCING, forced_number=1),
+        replace(report, stage=DrainStage.ENDED, forced_number=2, succeeded=True, live=0, fates={"force": 2}),
+        replace(report, stage=DrainStage.ENDED, forced_number=2, succeeded=True, live=0, fates={"force": 2}),
+    ):
+        chronicle.drain(seen)
+    chronicle.outcome(4, Outcome(sandbox=SandboxId("ia"), fate=Fate.FORCE, at=5.0, because="killed"), team="t")
+    *drain, fate = heard.events
+    assert [event.kind for event in drain] == [
+        "drain.live",
+        "drain.forcing",
+        "drain.force_failed",
+        "drain.live",
+        "drain.forcing",
+        "drain.forced",
+        "drain.ended",
+    ]
+    assert {(event.subject, event.related) for event in drain} == {("drain-n1-4", ("n1",))}
+    assert drain[2].because == "ia: EBUSY"
+    assert drain[-1].facts == {"force": "2", "succeeded": "true"}
+    assert (fate.subject, fate.related, fate.facts["fate"], fate.team) == ("ia", ("drain-n1-4",), "force", "t")
 
 
 @pytest.mark.parametrize(
