@@ -61,6 +61,7 @@ async def create(front: Front, caller: Caller, asked: NewSandbox, *, idempotency
 async def _accept(front: Front, caller: Caller, asked: NewSandbox, idempotency_key: str | None) -> SandboxId:
     """Check, reserve and commit. From the return on the sandbox is wanted, whatever becomes of the request."""
     spec = _spec(front, caller, asked)
+    front.check_room()
     front.roster.reserve(caller.team, spec.id, sandboxes_max=front.limits_of(caller.team).sandboxes_max)
     try:
         await _commit(front, caller, spec, asked, idempotency_key)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -90,6 +90,7 @@ class Front:
     domain: str
     admin_token: str
     limits: TeamLimits
+    check_room: Callable[[], None] = lambda: None  # raises Unavailable when the host has no room for another sandbox
     turns: Turns = field(default_factory=Turns)  # of idempotency keys and of specs being changed
     ready_s: float = 60.0  # how long a create may take before it answers 503
     room_s: float = 5.0  # how much of that it waits for a node that is full; less than any client waits for an answer

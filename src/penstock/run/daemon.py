@@ -44,6 +44,7 @@ from penstock.node.samples import Samples
 from penstock.run import children, furnish, metrics
 from penstock.run.datafolder import DataFolder
 from penstock.run.edges import Edges
+from penstock.run.floor import DiskFloor
 from penstock.run.front_server import FrontServer
 from penstock.run.journal import STARTED, STOPPING, Journal
 from penstock.run.settings import OnStop, Settings, host_port
@@ -238,6 +239,7 @@ class Daemon:
             seed=self.folder.seed,
             domain=self._domain(),
             admin_token=self.folder.admin_token,
+            check_room=DiskFloor(self.folder.path, self.settings.disk_free_min).check,
             limits=TeamLimits(
                 sandboxes_max=self.settings.team_sandboxes_max, timeout_s_max=self.settings.team_timeout_s_max
             ),

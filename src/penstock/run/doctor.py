@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Final
 
 from penstock.core.deadlines import within
+from penstock.model.units import MIB
 from penstock.node.linux.probes import Finding, run_all
 from penstock.run.daemon import Daemon
 from penstock.run.datafolder import DataFolder
+from penstock.run.floor import DiskFloor
 from penstock.run.settings import OnStop, load
 
 SANDBOX_WITHIN_S: Final = 120.0
@@ -21,7 +23,20 @@ Use = Callable[[str, str, str], str]
 
 def findings(data: Path) -> list[Finding]:
     """Every probe of this machine. Blocks for about a second; leaves nothing behind."""
-    return run_all(data)
+    return [*run_all(data), _disk_room(data)]
+
+
+def _disk_room(data: Path) -> Finding:
+    """By the settings of `data`; a folder that is not there yet will lie on the disk of the nearest that is."""
+    there = next(folder for folder in (data, *data.parents) if folder.is_dir())
+    floor = DiskFloor(there, load({"data": str(data)}).disk_free_min)
+    free = floor.free_bytes()
+    return Finding(
+        probe="disk room",
+        ok=free >= floor.free_min,
+        found=f"{free // MIB} MiB free for {there}; creates are refused below {floor.free_min // MIB} MiB",
+        fix="make room, or set a smaller disk_free_min",
+    )
 
 
 def a_sandbox(use: Use) -> Finding:

@@ -56,11 +56,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     team_timeout_s_max: float = 24 * 3600.0
     allow_private_egress: bool = False
     network_cidr: str = "10.201.0.0/16"
+    disk_free_min: int = 512 * 1024 * 1024  # bytes of the data folder's disk; below it no sandbox is made
     uplink: bool = True  # NAT to the host's default route, when it has one
     log_level: str = "info"
 
 
 _SECONDS: Final = frozenset({"drain_s", "team_timeout_s_max"})
+_BYTES: Final = frozenset({"disk_free_min"})
 
 
 def load(given: Mapping[str, Any], *, environ: Mapping[str, str] | None = None, config: str | None = None) -> Settings:
@@ -126,7 +128,7 @@ def _parse(name: str, value: str, where: str) -> object:
             raise Invalid(where, f"{value!r} is not yes or no")
         return lowered in ("1", "true", "yes", "on")
     if int in kinds:
-        return parse_bytes(value, field=where) if name.endswith("_bytes") else _integer(value, where)
+        return parse_bytes(value, field=where) if name in _BYTES else _integer(value, where)
     if OnStop in kinds:
         try:
             return OnStop(value)
@@ -160,6 +162,7 @@ def _check(settings: Settings) -> None:
         ("starts_max", 1, 256),
         ("starts_waiting_max", 0, 100_000),
         ("team_sandboxes_max", 1, 1_000_000),
+        ("disk_free_min", 0, 1 << 50),
     ):
         value = getattr(settings, name)
         if not least <= value <= most:

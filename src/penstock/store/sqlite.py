@@ -30,6 +30,7 @@ from penstock.model.records import Batch, Compacted, Record
 from penstock.store import sqlitefile
 from penstock.store.errors import StoreClosed, StoreDamaged, StoreFailed, StoreFull
 from penstock.store.log import Image, OnFailed, OnLogged
+from penstock.store.reserve import Reserve
 
 GROUP_MAX: Final = 512  # entries in one transaction; bounds how long the loop is busy with its announcement
 GROUP_BYTES_MAX: Final = 4 * 1024 * 1024
@@ -63,6 +64,7 @@ class SqliteLog:
     def __init__(self, path: str | Path) -> None:
         self._path = Path(path)
         self._lock = sqlitefile.FileLock(self._path)
+        self._reserve = Reserve(self._path)  # of the thread that has the connections open
         self._queue: queue.SimpleQueue[_Item] = queue.SimpleQueue()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._logged: OnLogged | None = None
@@ -130,6 +132,8 @@ class SqliteLog:
         sqlitefile.check(self._path)
         db = sqlitefile.connect(self._path)
         self._reader = sqlitefile.connect_reader(self._path)
+        _meta(db)  # with the first look the files beside it exist
+        self._reserve.top_up()
         return db
 
     async def _reading(self, ask: Callable[[sqlite3.Connection], T]) -> T:
@@ -166,6 +170,7 @@ class SqliteLog:
             if isinstance(item := self._queue.get(), _Fold):
                 self._announce(_reject, item.done, StoreClosed("log was closed"))
         db.close()
+        self._reserve.close()
         assert self._ended is not None
         self._announce(_resolve, self._ended)
 
@@ -206,6 +211,7 @@ class SqliteLog:
             self._announce(self._failed, _explained(error, self._path))
             return
         self._announce(self._logged, group[-1].revision)
+        self._reserve.written(len(body))
 
     def _fold(self, db: sqlite3.Connection, fold: _Fold) -> None:
         """One step of a compaction. The next one queues up behind the entries that have gathered."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 import pytest
 from tests.unit.api.door import Door
@@ -10,6 +11,7 @@ from tests.unit.api.door import Door
 from penstock.api import problems
 from penstock.model import keys
 from penstock.model.sandbox import KillReason, Phase
+from penstock.run.floor import DiskFloor
 
 
 async def create(door: Door, **fields: object) -> dict[str, str]:
@@ -279,3 +281,16 @@ async def test_a_running_sandbox_shows_nothing_of_this_host(door: Door):
 @pytest.mark.parametrize("text", ["a/b or /s", "it ended with exit 1", "https://example.com/a/b", "1/2"])
 def test_what_is_no_path_is_left_alone(text: str):
     assert problems.without_paths(text) == text
+
+
+async def test_no_sandbox_is_made_on_a_host_without_room(door: Door, tmp_path: Path):
+    object.__setattr__(door.front, "check_room", DiskFloor(tmp_path, 1 << 50).check)
+    reply = await door.client.post("/v2/sandboxes", json={"templateID": "base"})
+    assert (reply.status_code, reply.json()["error_code"], reply.headers["Retry-After"]) == (
+        503,
+        "host_disk_full",
+        "10",
+    )
+    assert specs(door) == 0
+    object.__setattr__(door.front, "check_room", DiskFloor(tmp_path, 0).check)
+    await create(door)

@@ -77,3 +77,10 @@ def test_a_file_that_was_named_must_be_there(tmp_path):
         load({"data": str(tmp_path)}, environ={}, config=str(tmp_path / "nosuch"))
     with pytest.raises(Invalid, match="cannot be read"):
         load({"data": str(tmp_path)}, environ={}, config=str(tmp_path))
+
+
+def test_sizes_are_written_as_people_write_them(tmp_path):
+    assert from_file(tmp_path, 'disk_free_min = "2 GiB"').disk_free_min == 2 << 30
+    assert from_file(tmp_path, "disk_free_min = 1000").disk_free_min == 1000
+    with pytest.raises(Invalid, match="disk_free_min"):
+        from_file(tmp_path, 'disk_free_min = "much"')
