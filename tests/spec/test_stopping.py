@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -121,3 +122,21 @@ def test_a_data_folder_that_lost_its_name_says_what_it_was(one: Installation):
     assert ends(down(one, "--force"))[0] == 0
     assert left_of(one) == []
     assert DataFolder(str(one.data)).zygote() is None
+
+
+@pytest.mark.parametrize("at", ["base: 0 of", "base: 2000 of", "base: digesting"])
+def test_a_first_start_that_is_interrupted_ends_at_once_and_leaves_no_half_of_a_base(tmp_path: Path, at: str):
+    data = tmp_path / "data"
+    argv = [PENSTOCK, "up", "--data", str(data), "--api", "127.0.0.1:0", "--ingress", "127.0.0.1:0"]
+    starting = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
+    assert starting.stdout is not None
+    for line in starting.stdout:
+        if line.startswith(at):
+            break
+    began = time.monotonic()
+    starting.send_signal(signal.SIGINT)
+    said = starting.stdout.read()
+    assert starting.wait(timeout=30) == 1
+    assert time.monotonic() - began < 3, said
+    assert "stopped before it was ready" in said
+    assert [path.name for path in (data / "layers").iterdir()] == [".lock"]

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import random
+import threading
 from collections.abc import Callable
+from typing import Final
 
 import msgspec
 
 from penstock.core.clock import Clock
+from penstock.core.settle import settle
 from penstock.model import keys
 from penstock.model.ids import BuildId, KeyId, TemplateId, mint
 from penstock.model.team import TEAM_DEFAULT, ApiKey
 from penstock.model.template import TEMPLATE_BASE, Build, Layer, Template
-from penstock.node.linux.base import build_base
+from penstock.node.linux.base import BuildStopped, build_base
 from penstock.run.datafolder import DataFolder
 from penstock.run.journal import Journal
 from penstock.store.store import Put, Store
 from penstock.wire import tokens
+
+STOPPED_S: Final = 30.0  # some thousand files are unlinked in half a second
 
 _encode = msgspec.json.encode
 
@@ -27,14 +33,22 @@ async def base_layer(folder: DataFolder, say: Callable[[str], None]) -> Layer:
     """The layer of `base` for the machine's packages of now; the same one when nothing changed.
 
     On a thread: it reads and links files for seconds the first time. Not bounded by a deadline of ours, since its
-    work is bounded by the whitelist; when cancelled, the thread ends its work and a half-made layer is swept later.
+    work is bounded by the whitelist; when cancelled, the thread is stopped and removes what it has half made.
     """
     loop = asyncio.get_running_loop()
 
     def progress(text: str) -> None:
         loop.call_soon_threadsafe(say, text)
 
-    return await asyncio.to_thread(build_base, str(folder.layers), progress=progress)
+    stop = threading.Event()
+    building = loop.run_in_executor(None, lambda: build_base(str(folder.layers), progress=progress, stop=stop))
+    try:
+        return await asyncio.shield(building)
+    except asyncio.CancelledError:
+        stop.set()
+        with contextlib.suppress(BuildStopped):
+            await settle(building, within_s=STOPPED_S, what="the end of the stopped build of base")
+        raise
 
 
 async def first_records(

@@ -27,37 +27,51 @@ import shutil
 import stat
 import subprocess
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
+from penstock.core.errors import Kind, PenstockError
 from penstock.model.errors import Internal, Unsupported
 from penstock.model.template import Layer
 from penstock.node.linux.selection import REQUIRED_PACKAGES, Hosted, Plan, fingerprint, missing_packages, plan
 from penstock.node.linux.skeleton import Folder, Symlink, Text
 
-__all__ = ["REQUIRED_PACKAGES", "build_base", "missing_packages", "verify"]
+__all__ = ["REQUIRED_PACKAGES", "BuildStopped", "build_base", "missing_packages", "verify"]
 
 _TRIES: Final = 3  # an upgrade of the machine may run under a build
 _LDCONFIG_S: Final = 30.0
+_LOCK_PAUSE_S: Final = 0.05
 
 Progress = Callable[[str], None]
 
 
-def build_base(layers_dir: str, *, progress: Progress = lambda _: None, root: str = "/") -> Layer:
+class BuildStopped(PenstockError):
+    """Somebody set `stop`. Nothing half-made is left."""
+
+    kind = Kind.UNAVAILABLE
+    code = "build_stopped"
+
+
+def build_base(
+    layers_dir: str, *, progress: Progress = lambda _: None, root: str = "/", stop: threading.Event | None = None
+) -> Layer:
     """The layer of `base` for the packages the machine has now; the same one when nothing changed. Blocks for seconds.
 
     Safe to call from several processes at once and to interrupt at any point: a half-made layer is swept by the next
-    call. Raises Unsupported naming the missing packages, Internal when the machine's packages keep changing.
+    call. `stop`, set by another thread, ends it within some milliseconds and the removal of what was made. Raises
+    BuildStopped, Unsupported naming the missing packages, Internal when the machine's packages keep changing.
     """
+    stop = stop or threading.Event()
     if absent := missing_packages(root):
         raise Unsupported("the template base cannot be made", why=f"missing packages: {' '.join(absent)}",
                           now=f"apt-get install {' '.join(absent)}")  # fmt: skip
     os.makedirs(layers_dir, mode=0o700, exist_ok=True)
-    with _alone(layers_dir):
+    with _alone(layers_dir, stop):
         for _ in range(_TRIES):
             try:
-                return _build(layers_dir, progress, root)
+                return _build(layers_dir, progress, root, stop)
             except FileNotFoundError as error:
                 progress(f"base: {error.filename} went away, the machine's packages are changing; once more")
         raise Internal("the template base could not be made", why="the machine's packages keep changing under it",
@@ -89,11 +103,13 @@ def verify(layer: Layer) -> list[str]:
 
 
 @contextmanager
-def _alone(layers_dir: str) -> Iterator[None]:
+def _alone(layers_dir: str, stop: threading.Event) -> Iterator[None]:
     """Hold the directory's lock, and sweep what a killed build left. The lock dies with its process."""
     lock = os.open(os.path.join(layers_dir, ".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        while not _locked(lock):
+            _heed(stop)
+            stop.wait(_LOCK_PAUSE_S)
         for name in os.listdir(layers_dir):
             if name.startswith(".building-"):
                 shutil.rmtree(os.path.join(layers_dir, name))
@@ -102,7 +118,20 @@ def _alone(layers_dir: str) -> Iterator[None]:
         os.close(lock)
 
 
-def _build(layers_dir: str, progress: Progress, root: str) -> Layer:
+def _locked(lock: int) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _heed(stop: threading.Event) -> None:
+    if stop.is_set():
+        raise BuildStopped("the build of base was stopped")
+
+
+def _build(layers_dir: str, progress: Progress, root: str, stop: threading.Event) -> Layer:
     entries = plan(root)
     state = fingerprint(entries)
     if (known := _known(layers_dir, state)) is not None:
@@ -111,10 +140,14 @@ def _build(layers_dir: str, progress: Progress, root: str) -> Layer:
     work = tempfile.mkdtemp(prefix=".building-", dir=layers_dir)
     try:
         tree = os.path.join(work, "tree")
-        _fill(tree, entries, progress)
+        _fill(tree, entries, progress, stop)
         _write_library_cache(tree, root)
         progress("base: digesting")
-        text = b"".join(json.dumps(row, sort_keys=True).encode() + b"\n" for row in _rows(tree))
+        rows = []
+        for row in _rows(tree):
+            _heed(stop)
+            rows.append(json.dumps(row, sort_keys=True).encode() + b"\n")
+        text = b"".join(rows)
         _write(os.path.join(work, "manifest"), Text(text, 0o600))
         final = os.path.join(layers_dir, _digest_of(text).removeprefix("sha256:"))
         _flush(layers_dir)  # a layer that is there is whole, also after a power cut
@@ -131,11 +164,12 @@ def _build(layers_dir: str, progress: Progress, root: str) -> Layer:
     return layer
 
 
-def _fill(tree: str, entries: Plan, progress: Progress) -> None:
+def _fill(tree: str, entries: Plan, progress: Progress, stop: threading.Event) -> None:
     os.mkdir(tree)
     os.chmod(tree, 0o755)  # noqa: S103 - the root directory of every sandbox
     linked = copied = 0
     for done, path in enumerate(sorted(entries)):
+        _heed(stop)
         if done % 2000 == 0:
             progress(f"base: {done} of {len(entries)} entries")
         entry, into = entries[path], os.path.join(tree, path)
