@@ -146,6 +146,29 @@ def test_a_deaf_sandbox_is_killed_at_the_hard_deadline(one):
     assert receipt["succeeded"] is True
 
 
+def test_a_frozen_sandbox_is_ended_too(one):
+    frozen = create(one)
+    installation = (one.data / "installation").read_text().strip()
+    for cgroup in Path("/sys/fs/cgroup").glob(f"**/penstock-{installation}/sb-{frozen}"):
+        for name, word in (("cgroup.freeze", "1"), ("freezer.state", "FROZEN")):
+            if (cgroup / name).exists():
+                (cgroup / name).write_text(word)
+    receipt = drain(one, "--yes", "--soft", "0", "--hard", "2")
+    assert fates(receipt) == {frozen: "force"}
+    assert receipt["succeeded"] is True
+
+
+def test_sandboxes_are_parked_when_the_order_says_so(one):
+    living = create(one)
+    options = ("--park", "--soft", "0", "--hard", "30")
+    made = plan(one, *options)
+    assert [(each["fate"], each["loses"]) for each in made["foreseen"]] == [("park", "memory and processes")]
+    receipt = drain(one, "--digest", made["digest"], *options)
+    assert fates(receipt) == {living: "park"}
+    undone = json.loads(one.run("node", "undrain", "local", "--json").stdout)
+    assert [(each["sandboxID"], each["fate"]) for each in undone["done"]] == [(living, "park")]
+
+
 def test_a_drain_without_deadlines_is_watched_extended_and_forced_by_others(one):
     living = create(one)
     watching = subprocess.Popen(
