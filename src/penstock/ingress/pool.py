@@ -18,7 +18,7 @@ from penstock.ingress.upstream import Key, Upstream
 if TYPE_CHECKING:
     from penstock.ingress.hub import Hub
 
-KEPT_PER_PORT_MAX: Final = 32
+KEPT_PER_PORT_MAX: Final = 128  # with more requests at once than this each dials: 55 us of CPU instead of 33
 KEPT_MAX: Final = 2048
 IDLE_S: Final = 30.0
 FRESH_S: Final = 2.0

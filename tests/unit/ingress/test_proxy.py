@@ -27,6 +27,33 @@ async def test_requests_share_connections_on_both_sides(ingress: Fixture):
     writer.close()
 
 
+async def test_a_hundred_requests_at_once_find_their_connections_kept(ingress: Fixture):
+    """Beyond what is kept each request would dial, and a proxy at half of its capacity falls behind for good."""
+    arrived, everyone = 0, asyncio.Event()
+
+    async def wait_for_all(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal arrived
+        while True:
+            await reader.readuntil(b"\r\n\r\n")
+            arrived += 1
+            if arrived % 100 == 0:
+                everyone.set()
+            await everyone.wait()
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+
+    await ingress.guest(wait_for_all)
+    clients = [await ingress.open() for _ in range(100)]
+    for _ in range(3):
+        everyone.clear()
+        for _, writer in clients:
+            writer.write(head("/"))
+        for reader, _ in clients:
+            assert (await read_head(reader)).startswith(b"HTTP/1.1 200 OK\r\n")
+        assert ingress.dialler.dials == 100
+    for _, writer in clients:
+        writer.close()
+
+
 async def test_the_host_form_reaches_a_user_port(ingress: Fixture):
     await ingress.port(8000, echo)
     got = await ingress.exchange(
