@@ -87,6 +87,7 @@ def _ingress(said: dict[str, Any]) -> list[Figure]:
     small = said["small"]
     rates = [Figure(f"proxy, small replies: {name}", row["requests_per_s"], "req/s") for name, row in small.items()]
     load = f"open loop, {said['open_loop']['rate_per_s']:.0f}/s"
+    load += "" if said["load_kept_up"] else "; no result: the load did not keep up"
     return [
         *rates,
         Figure("proxy, small replies: ours / nginx", said["ratio_to_nginx"], "x", at_least=0.5),
