@@ -9,8 +9,9 @@ import sys
 import pytest
 
 from penstock.core.gate import Gate
-from penstock.model.drain import DrainOrder, DrainStage
+from penstock.model.drain import DrainStage
 from penstock.model.node import NodeSpec
+from penstock.node import release
 from penstock.node.drain import Drain
 from penstock.node.evict import Undo
 from penstock.node.record import SandboxRecord
@@ -73,13 +74,13 @@ def test_a_release_that_does_not_verify_is_noticed(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_record_removed_too_early_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = Supervisor._release
+    original = release._attempt
 
-    async def too_early(self: Supervisor) -> bool:
-        self.record.remove()
-        return await original(self)
+    async def too_early(one: Supervisor, watch: object) -> bool:
+        one.record.remove()
+        return await original(one, watch)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Supervisor, "_release", too_early)
+    monkeypatch.setattr(release, "_attempt", too_early)
     assert "removed while" in broken(range(4), CALM)
 
 
@@ -114,16 +115,6 @@ def test_a_draining_node_refuses_also_what_control_still_sends_it(monkeypatch: p
         run(seed, rates=CALM)
     monkeypatch.setattr(Gate, "cordon", lambda self, reason: None)
     assert "was admitted in epoch" in broken(range(40), CALM)
-
-
-def test_a_drain_that_does_not_kill_at_its_hard_deadline_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = Drain._maybe_force
-
-    def patient(self: Drain, order: DrainOrder, stage: DrainStage, wake_at: float | None) -> float | None:
-        return wake_at if self._stop is None else original(self, order, stage, wake_at)
-
-    monkeypatch.setattr(Drain, "_maybe_force", patient)
-    assert "past its hard deadline" in broken(range(60), Rates(odd_guests=0.4))
 
 
 def test_a_drain_that_ends_too_early_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

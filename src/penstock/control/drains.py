@@ -16,7 +16,7 @@ import msgspec
 from penstock.model.drain import Disposition, DrainOrder, DrainPlan, Fate, Foreseen, Rung, Step, digest, ladder
 from penstock.model.ids import NodeId
 from penstock.model.node import NodeSpec
-from penstock.model.sandbox import PAUSE_TO_DISK, TERMINAL, OnTimeout, Phase, SandboxSpec, SandboxStatus
+from penstock.model.sandbox import PAUSE_TO_DISK, TERMINAL, KillReason, OnTimeout, Phase, SandboxSpec, SandboxStatus
 
 Sandboxes = Sequence[tuple[SandboxSpec, SandboxStatus | None]]
 MayPark = Callable[[SandboxSpec, SandboxStatus], bool]
@@ -106,6 +106,8 @@ def _foresee_one(seen: _Seen, one: SandboxSpec, status: SandboxStatus | None) ->
         return Foreseen(sandbox=one.id, fate=Fate.QUARANTINE, by=None, because=because)
     if status.phase in _ENDING or one.stop is not None:
         because = f"it is ending: {status.because}" if status.because else "it is ending"
+        if status.kill_reason is KillReason.PAUSED:
+            return Foreseen(sandbox=one.id, fate=Fate.PARK, by=seen.order.hard_at, because=because)
         return Foreseen(sandbox=one.id, fate=Fate.FINISH, by=seen.order.hard_at, because=because)
     rungs = seen.rungs(one, status)
     asked = seen.was_asked(one, status)

@@ -107,12 +107,13 @@ def _orphan(sandbox: SandboxId, status: SandboxStatus | None) -> Plan:
 
 def _ended(seen: Seen, spec: SandboxSpec, status: SandboxStatus, now: float, retention_s: float) -> Plan:
     """Its records stay a while, so that it can be looked up. One that was paused to disk lives on as its snapshot."""
+    # Drops come first: after the removal nothing would say that they are still to be done.
     if seen.paused and spec.stop is not None:
         drops = tuple(Drop(each) for each in seen.paused)
-        return Plan(actions=(Remove(spec.id), *drops), because=("it was killed, and so is what it was paused as",))
+        return Plan(actions=(*drops, Remove(spec.id)), because=("it was killed, and so is what it was paused as",))
     if seen.paused and status.kill_reason is KillReason.PAUSED:
         drops = tuple(Drop(each) for each in seen.paused[:-1])
-        return Plan(actions=(Remove(spec.id), *drops), because=(f"it is paused as {seen.paused[-1]}",))
+        return Plan(actions=(*drops, Remove(spec.id)), because=(f"it is paused as {seen.paused[-1]}",))
     due = status.stopped_at + (min(retention_s, RESUME_FAILED_S) if seen.paused else retention_s)
     if now >= due:
         return Plan(actions=(Remove(spec.id),), because=(f"it ended {now - status.stopped_at:.0f} s ago",))

@@ -31,11 +31,15 @@ class Eviction(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Climb:
-    """The steps of one sandbox under one eviction after another; a step is done once, a notice once per deadline."""
+    """The steps of one sandbox under one eviction after another; a step is done once, a notice once per deadline.
 
-    def __init__(self, done: Step | None = None) -> None:
+    `was_asked`: an earlier daemon wrote down that it asks it to end. Whether it did is not known, so it is done again.
+    """
+
+    def __init__(self, *, was_asked: bool = False) -> None:
         self.eviction: Eviction | None = None
-        self._done: set[Step] = set() if done is None else {done}
+        self.was_asked = was_asked
+        self._done: set[Step] = set()
         self.failed: dict[Step, str] = {}  # what could not be done, and why
 
     def begin(self, eviction: Eviction) -> bool:
@@ -50,7 +54,7 @@ class Climb:
 
     def end(self) -> bool:
         """The drain was undone. False when it is too late: it was asked to end, and does."""
-        if Step.TERM in self._done:
+        if self.was_asked:
             return False
         self.eviction = None
         self._done.discard(Step.NOTICE)
@@ -65,6 +69,7 @@ class Climb:
 
     def do(self, step: Step) -> None:
         self._done.add(step)
+        self.was_asked = self.was_asked or step is Step.TERM
 
     def fail(self, step: Step, why: str) -> None:
         """A step that could not be done: the next one is due at once, if there is any."""
@@ -96,7 +101,7 @@ class Climb:
             return Fate.PARK
         if forced:
             return Fate.FORCE
-        return Fate.STOP if Step.TERM in self._done else Fate.FINISH
+        return Fate.STOP if self.was_asked else Fate.FINISH
 
     def waiting(self, sandbox: SandboxId, because: str) -> Waiting:
         """For the progress of a drain; `at` is wall seconds."""

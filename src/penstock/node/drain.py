@@ -62,6 +62,7 @@ class Drain:
         self._order: DrainOrder | None = None  # as it was last looked at
         self._anchor_s = 0.0
         self._told: dict[str, tuple[Supervisor, Eviction]] = {}  # whose fate is not known yet
+        self._stuck: set[str] = set()  # told to be in quarantine
         self._evictions: dict[tuple[Disposition, bool], Eviction] = {}  # of the present order
         self._had_builds = False
         self._builds_told_at: float | None = None  # monotonic: those who poll a build's status have read its result
@@ -175,6 +176,7 @@ class Drain:
 
     def _begin(self, order: DrainOrder) -> None:
         self._told.clear()
+        self._stuck.clear()
         self.outcomes = []
         self._had_builds, self._builds_told_at = False, None
         self._forced_number, self._force_errors = 0, ()
@@ -189,7 +191,7 @@ class Drain:
                     one.turn_away(GateClosed(self._means.gate.cordoned or "", gate=self._means.gate.name))
                 else:
                     one.kill(KillReason.NODE_SHUTDOWN, STOP)
-            elif one.phase is not Phase.QUARANTINED:
+            elif one.phase is not Phase.QUARANTINED or sandbox not in self._told:
                 eviction = self._eviction(one, order)
                 self._told[sandbox] = (one, eviction)
                 one.evict(eviction)
@@ -217,22 +219,18 @@ class Drain:
         """The fate of each that is gone, or in quarantine, is decided once."""
         supervised = self._supervised()
         for sandbox, (one, _) in list(self._told.items()):
-            quarantined = one.phase is Phase.QUARANTINED
-            if quarantined or supervised.get(sandbox) is not one:
+            because = one.status.because
+            if supervised.get(sandbox) is not one:
                 del self._told[sandbox]
-                if quarantined:
-                    self._told_quarantine(one)
-                    continue
-                status = one.status
-                self._decide(Outcome(sandbox=one.id, fate=one.fate, at=self._now(), because=status.because))
-
-    def _told_quarantine(self, one: Supervisor) -> None:
-        if not any(each.sandbox == one.id for each in self.outcomes):
-            why = one.status.because
-            self._decide(Outcome(sandbox=one.id, fate=Fate.QUARANTINE, at=self._now(), because=why, error=why))
+                self._decide(Outcome(sandbox=one.id, fate=one.fate, at=self._now(), because=because))
+            elif one.phase is Phase.QUARANTINED and one.id not in self._stuck:
+                self._stuck.add(one.id)  # told now; when it is freed after all, its real fate takes the place
+                self._decide(
+                    Outcome(sandbox=one.id, fate=Fate.QUARANTINE, at=self._now(), because=because, error=because)
+                )
 
     def _decide(self, outcome: Outcome) -> None:
-        self.outcomes.append(outcome)
+        self.outcomes = [each for each in self.outcomes if each.sandbox != outcome.sandbox] + [outcome]
         if self._order is not None and self._stop is None:
             self._tell_outcome(self._order.epoch, outcome)
 
@@ -312,7 +310,7 @@ class Drain:
             return None  # force cannot be taken back half-way; its end looks again
         self._means.gate.uncordon()
         for one, _ in self._told.values():
-            if one.spare():
+            if one.spare() and one.serving:
                 because = "the drain was undone"
                 self._decide(Outcome(sandbox=one.id, fate=Fate.SPARED, at=self._now(), because=because))
         order, self._order = self._order, None
@@ -350,7 +348,7 @@ class Drain:
         )
 
     def _waiting(self) -> tuple[Waiting, ...]:
-        left = sorted(self._told.items())[:WAITING_SHOWN_MAX]
+        left = sorted((name, told) for name, told in self._told.items() if name not in self._stuck)[:WAITING_SHOWN_MAX]
         return tuple(one.climb.waiting(one.id, f"{one.phase.value}: {one.status.because}") for _, (one, _) in left)
 
     def _say(self, report: DrainReport) -> None:

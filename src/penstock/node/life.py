@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from penstock.model.ids import SandboxId
-from penstock.model.sandbox import KillReason, Phase, SandboxSpec, SandboxStatus
+from penstock.model.sandbox import CAPABILITIES, KillReason, Phase, SandboxSpec, SandboxStatus
 from penstock.node.means import Means
 from penstock.node.record import Remembered
 
@@ -38,6 +38,7 @@ def status_of_spec(spec: SandboxSpec, revision: int, means: Means) -> SandboxSta
         team=spec.team,
         boot_id=means.boot_id,
         spec_revision=revision,
+        capabilities=CAPABILITIES,
     )
 
 
@@ -52,6 +53,7 @@ def status_of_record(remembered: Remembered, means: Means) -> SandboxStatus:
         because=remembered.because,
         kill_reason=remembered.kill_reason,
         boot_id=born.boot_id,
+        capabilities=CAPABILITIES,
     )
     if pid is None:
         return status

@@ -129,7 +129,7 @@ class Node:
             self._means,
             supervised=lambda: self._sync.supervisors,
             tell=self._tell_drain,
-            tell_outcome=lambda epoch, outcome: self._reporter.say_outcome(self.settings.id, epoch, outcome),
+            tell_outcome=self._tell_outcome,
         )
         self._crew.spawn(self._expiry.run(), name="expiry")
         self._sync.take_up(adopt(self._means))
@@ -339,7 +339,13 @@ class Node:
             self._reporter.say_node(status)
             self._told = status
 
+    def _tell_outcome(self, epoch: int, outcome: Outcome) -> None:
+        self._reporter.say_outcome(self.settings.id, epoch, outcome)
+        spec = self._sync.spec(outcome.sandbox)
+        self._chronicle.outcome(epoch, outcome, team=spec.team if spec is not None else "")
+
     def _tell_drain(self, report: DrainReport) -> None:
+        self._chronicle.drain(report)
         self._drain_report = report
         self._reporter.say_drain(report)
         self._tell_status()

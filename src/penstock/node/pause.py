@@ -37,6 +37,8 @@ SPEC_S: Final = 30.0  # for the spec of a sandbox that was being parked when the
 async def freeze(one: Supervisor, because: str) -> None:
     """READY to PAUSED. When it fails it goes on running, and is asked again after a while."""
     await _quiesce(one)
+    if one.order is not None or one.died:
+        return
     try:
         # On record first: a daemon that dies right after must find a sandbox that is meant to stand still.
         one.record.write(Moved(phase=Phase.PAUSED, because=because))
@@ -85,8 +87,9 @@ async def park(one: Supervisor, snapshot: SnapshotId, because: str) -> None:
     if one.phase is Phase.PAUSED:
         await _try_thaw(one)
     await _quiesce(one)
-    one.order = Order(KillReason.PAUSED, because)
-    one.ordered_at = one.means.clock.monotonic()
+    if one.order is None:
+        one.order = Order(KillReason.PAUSED, because)
+        one.ordered_at = one.means.clock.monotonic()
     one.poked.set()
 
 
@@ -169,7 +172,7 @@ async def _quiesce(one: Supervisor) -> None:
         return
     run_dir = one.status.guest_socket.rpartition("/")[0]
     try:
-        durable = await one.means.ports.guests.quiesce(run_dir, within_s=QUIESCE_S)
+        durable = await one.unless_ended(one.means.ports.guests.quiesce(run_dir, within_s=QUIESCE_S), "quiesce")
     except Exception as error:
         # Safe: a freeze loses nothing by it, and a park unmounts the disk, which writes everything out.
         one.means.chronicle.node("node.quiesce_failed", str(error), sandbox=one.id)

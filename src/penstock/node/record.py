@@ -17,6 +17,7 @@ import msgspec
 
 from penstock.core.errors import Kind, PenstockError
 from penstock.core.ledger import Entry, State
+from penstock.model.drain import Disposition
 from penstock.model.ids import BuildId, SandboxId, SnapshotId, TeamId
 from penstock.model.sandbox import KillReason, OnTimeout, Phase, SandboxSpec
 from penstock.node.ports import Files
@@ -49,7 +50,9 @@ class Born(Line, tag="born", frozen=True, kw_only=True):
     at: float  # wall seconds
     end_at: float  # wall seconds
     boot_id: str
-    on_timeout: OnTimeout = OnTimeout.KILL  # a restarted daemon must not kill at the end of one that is to be paused
+    # A restarted daemon acts on ends and drains before it has seen a spec: it must not end what is to be paused.
+    on_timeout: OnTimeout = OnTimeout.KILL
+    on_drain: Disposition | None = None
 
 
 class Owned(Line, tag="owned", frozen=True, kw_only=True):
@@ -81,6 +84,7 @@ class Moved(Line, tag="moved", frozen=True, kw_only=True):
     phase: Phase
     because: str = ""
     kill_reason: KillReason | None = None
+    forced: bool = False  # by a drain or a stop, rather than ended when asked to
 
 
 class Due(Line, tag="due", frozen=True, kw_only=True):
@@ -118,6 +122,8 @@ class Remembered(msgspec.Struct, frozen=True, kw_only=True):
     kill_reason: KillReason | None
     end_at: float
     parking: SnapshotId | None = None
+    was_asked: bool = False  # to end, by a drain
+    forced: bool = False
 
     @property
     def held(self) -> tuple[str, ...]:
@@ -149,6 +155,7 @@ class SandboxRecord:
                 end_at=spec.end_at,
                 boot_id=boot_id,
                 on_timeout=spec.on_timeout,
+                on_drain=spec.on_drain,
             )
         )
 
@@ -214,6 +221,7 @@ def read_sandbox(files: Files, sandbox: str) -> Remembered | None:
     moved = Moved(phase=Phase.CREATING)
     end_at = born.end_at
     parking: SnapshotId | None = None
+    was_asked = False
     owned: list[Owned] = []
     for line in lines[1:]:
         match line:
@@ -226,6 +234,7 @@ def read_sandbox(files: Files, sandbox: str) -> Remembered | None:
                 moved = Moved(phase=Phase.READY)
             case Moved():
                 moved = line
+                was_asked = was_asked or line.phase is Phase.DRAINING
             case Due():
                 end_at = line.end_at
             case Parking():
@@ -241,6 +250,8 @@ def read_sandbox(files: Files, sandbox: str) -> Remembered | None:
         kill_reason=moved.kill_reason,
         end_at=end_at,
         parking=parking,
+        was_asked=was_asked,
+        forced=moved.forced,
     )
 
 

@@ -38,15 +38,15 @@ async def serve(one: Supervisor) -> None:
 
 
 async def _once(one: Supervisor) -> None:
-    """The one thing that matters most now: a step of a drain, then what its spec wants of it."""
+    """The one thing that matters most now. What is to be kept is kept before a drain takes its next step."""
     now, spec = one.means.clock.wall(), one.spec
     step = one.climb.due(one.means.clock.monotonic())
     parked = wants_parked(spec, now) if spec is not None else None
     frozen = wants_frozen(spec, now) if spec is not None else one.phase is Phase.PAUSED
-    if step is not None:
-        await _take_step(one, step)
-    elif spec is not None and parked is not None:
+    if spec is not None and parked is not None:
         await _park(one, parked, "paused" if spec.park is not None else "its time was over")
+    elif step is not None:
+        await _take_step(one, step)
     elif frozen and one.phase is not Phase.PAUSED:
         assert spec is not None
         await pause.freeze(one, "paused" if spec.frozen else "its time was over")
@@ -64,7 +64,7 @@ async def _once(one: Supervisor) -> None:
 
 
 def _bury(one: Supervisor) -> None:
-    asked = one.climb.did(Step.TERM)
+    asked = one.climb.was_asked
     reason = KillReason.NODE_SHUTDOWN if asked else KillReason.CRASHED
     how = f" ({one.autopsy})" if one.autopsy else ""
     one.fire(Event.DIED, ("it ended when asked to" if asked else "its first process ended") + how, reason)
@@ -137,7 +137,7 @@ async def _notify(one: Supervisor, eviction: Eviction) -> str:
     notice = Notice(epoch=eviction.epoch, reason=eviction.reason, soft_by=eviction.soft_at, hard_by=eviction.hard_at)
     one.noticed_epoch = eviction.epoch
     try:
-        await one.means.ports.guests.notify(one.run_dir, notice, within_s=NOTICE_S)
+        await one.unless_ended(one.means.ports.guests.notify(one.run_dir, notice, within_s=NOTICE_S), "notice")
     except Exception as error:
         # Safe: the ladder goes on, and the kill waits for nobody's answer.
         return str(error)
@@ -148,7 +148,7 @@ async def _withdraw(one: Supervisor) -> None:
     """The drain was undone: its programs are told, as far as they listen."""
     notice = Notice(epoch=one.noticed_epoch, reason="", soft_by=None, hard_by=None, withdrawn=True)
     try:
-        await one.means.ports.guests.notify(one.run_dir, notice, within_s=NOTICE_S)
+        await one.unless_ended(one.means.ports.guests.notify(one.run_dir, notice, within_s=NOTICE_S), "notice")
     except Exception as error:
         one.means.chronicle.node("node.notice_not_withdrawn", str(error), sandbox=one.id)
 

@@ -7,8 +7,8 @@ are synchronous, so they never wait for each other. Phases change by `machine.fi
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
-from typing import Final
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from typing import Final, TypeVar
 
 import msgspec
 
@@ -19,7 +19,8 @@ from penstock.core.gate import GateClosed
 from penstock.core.hold import Hold
 from penstock.core.ledger import Ledger
 from penstock.core.machine import Machine
-from penstock.model.drain import Disposition, Fate, Step
+from penstock.model.drain import Disposition, Fate
+from penstock.model.errors import Unavailable
 from penstock.model.sandbox import (
     TERMINAL,
     TRANSITIONS,
@@ -37,13 +38,14 @@ from penstock.node.create import Steps, create
 from penstock.node.evict import LABELS, Undo, cgroup_name
 from penstock.node.life import Explained, Order, status_of_record, status_of_spec
 from penstock.node.means import Means
-from penstock.node.pause import publish
 from penstock.node.ports import Process
-from penstock.node.record import Due, LedgerBook, Moved, Remembered, SandboxRecord
+from penstock.node.record import Due, LedgerBook, Remembered, SandboxRecord
+from penstock.node.release import release
 from penstock.node.serve import SERVING, serve
 from penstock.node.verdict import Verdict, look
 
 _STARTING: Final = frozenset({Phase.BOUND, Phase.CREATING, Phase.STARTING})
+T = TypeVar("T")
 RETRY_BASE_S: Final = 0.25
 RETRY_CAP_S: Final = 30.0
 HASTEN_EVERY_S: Final = 0.2
@@ -60,7 +62,7 @@ class Supervisor:
         self.id = status.id
         self.end_at = end_at
         self.machine: Machine[Phase, Event] = Machine(TRANSITIONS, status.phase, name=f"sandbox {status.id}")
-        self.climb = Climb(Step.TERM if status.phase is Phase.DRAINING else None)
+        self.climb = Climb(was_asked=remembered is not None and remembered.was_asked)
         self.steps_ms: dict[str, float] = {}
         self.released_ms = 0.0
         self.means = means
@@ -68,7 +70,7 @@ class Supervisor:
         self._remembered = remembered
         self.record = SandboxRecord(means.ports.files, status.id)
         self.undo = Undo(status.id, means)
-        self._ledger = Ledger(status.id, LedgerBook(self.record), undo_s=means.settings.step_within_s + UNDO_MARGIN_S)
+        self.ledger = Ledger(status.id, LedgerBook(self.record), undo_s=means.settings.step_within_s + UNDO_MARGIN_S)
         self.spec: SandboxSpec | None = None
         self.seen_revision = status.spec_revision  # of `spec`; the status has the one whose rules are in force
         self.rules: EgressRules | None = None  # in force; None: not known, so apply the wanted ones
@@ -100,7 +102,7 @@ class Supervisor:
         self = cls(status_of_record(remembered, means), end_at=remembered.end_at, means=means, remembered=remembered)
         if pid is not None and born.boot_id == means.boot_id:
             self.undo.identity = (pid.pid, pid.start_ticks)
-        self._ledger.adopt(
+        self.ledger.adopt(
             (owned.entry for owned in remembered.owned), {label: self._way_back(label) for label in LABELS}
         )
         self.undo.keep = remembered.parking
@@ -131,23 +133,32 @@ class Supervisor:
 
     @property
     def on_drain(self) -> Disposition | None:
-        """What its creator or its template says of drains; None: nothing, or its spec was not seen yet."""
-        return self.spec.on_drain if self.spec is not None else None
+        """What its creator or its template says of drains; of one whose spec was not seen yet, as its record says."""
+        if self.spec is not None:
+            return self.spec.on_drain
+        return self._remembered.born.on_drain if self._remembered is not None else None
 
     @property
     def may_park(self) -> bool:
-        """Whether a drain may pause it to disk: this tier can, whenever the sandbox serves."""
-        return self.serving
+        """Whether a drain may pause it to disk: this tier can, also once a start under way is done."""
+        return True
 
     @property
     def run_dir(self) -> str:
         return self._status.guest_socket.rpartition("/")[0]
 
     @property
+    def forced(self) -> bool:
+        """Killed by a drain or a stop of its node."""
+        if self.order is not None:
+            return self.order.reason is KillReason.NODE_SHUTDOWN
+        return self._remembered is not None and self._remembered.forced
+
+    @property
     def fate(self) -> Fate:
         """What became of it, as a drain sees it. Meaningful once it has ended or is in quarantine."""
         return self.climb.fate(
-            forced=self.order is not None and self.order.reason is KillReason.NODE_SHUTDOWN,
+            forced=self.forced,
             parked=self.undo.keep is not None,
             quarantined=self.phase is Phase.QUARANTINED,
         )
@@ -174,11 +185,38 @@ class Supervisor:
         self.poked.set()
 
     def due(self) -> None:
-        """Its end has come: it is killed, or paused if that is what its end means."""
-        if self.on_timeout is OnTimeout.KILL or not self.serving:
+        """Its end has come: it is killed, or paused if that is what its end means or somebody asked for just now."""
+        asked = self.spec is not None and (self.spec.frozen or self.spec.park is not None)
+        if not self.serving or (self.on_timeout is OnTimeout.KILL and not asked):
             self.kill(KillReason.TIMEOUT, "its time was over")
         else:
             self.poked.set()
+
+    async def unless_ended(self, doing: Coroutine[None, None, T], what: str) -> T:
+        """The result of a call to its guest, which may be deaf: given up at once when it must end, or has.
+
+        Raises what the call raised; Unavailable when it was given up.
+        """
+        outcome: list[T | Exception] = []
+
+        async def call() -> None:
+            try:
+                outcome.append(await doing)
+            except Exception as error:
+                outcome.append(error)
+
+        task = self.means.crew.spawn(call(), name=f"{self.id} {what}")
+        task.add_done_callback(lambda _: self.poked.set())
+        while not task.done() and self.order is None and not self.died:
+            self.poked.clear()
+            await self.poked.wait()
+        self.poked.set()  # whoever else poked meanwhile is looked at next
+        if not outcome:
+            task.cancel()
+            raise Unavailable(f"{what} was given up", which=self.id, why="it ends")
+        if isinstance(outcome[0], Exception):
+            raise outcome[0]
+        return outcome[0]
 
     def poke_later(self) -> None:
         """What could not be done now is tried again, each time later."""
@@ -228,7 +266,7 @@ class Supervisor:
             id=self.id,
             phase=self.phase,
             because=self._status.because,
-            holds=tuple(self._ledger.labels()),
+            holds=tuple(self.ledger.labels()),
             end_at=self.end_at,
             release_attempts=self.attempts,
             released_ms=self.released_ms,
@@ -268,7 +306,7 @@ class Supervisor:
             await self._doubt()
         if self.phase in SERVING:
             await serve(self)
-        await self._finish(hold)
+        await release(self, hold)
 
     async def _start(self) -> bool:
         """From BOUND to READY or UNWINDING. False when it ended without having taken anything."""
@@ -310,7 +348,7 @@ class Supervisor:
                 created = await create(
                     spec,
                     means=means,
-                    ledger=self._ledger,
+                    ledger=self.ledger,
                     record=self.record,
                     undo=self.undo,
                     steps=steps,
@@ -348,42 +386,6 @@ class Supervisor:
             self.fire(Event.KILL, self.order.because, self.order.reason)
         elif self._remembered is not None:
             self._judge(look(self._remembered, self.means.ports, self.means.boot_id))
-
-    async def _finish(self, hold: Hold) -> None:
-        """Release everything, verified, however long it takes; then unlink the record and say so.
-
-        A sandbox in quarantine does not hold the gate: a drain ends without it, and says so.
-        """
-        self.means.expiry.forget(self.id)
-        self.record.note(Moved(phase=self.phase, because=self._status.because, kill_reason=self._status.kill_reason))
-        begun = self.ordered_at or self.means.clock.monotonic()
-        self.attempts = 0
-        while not await self._release():
-            hold.release()
-            self.poked.clear()
-            try:
-                async with within(self.pause_s(), f"the next release of {self.id}"):
-                    await self.poked.wait()  # the kernel tells nobody that EBUSY is over, but an operator may
-            except TimeoutError:
-                pass
-        self.released_ms = (self.means.clock.monotonic() - begun) * 1000
-        done = {Phase.UNWINDING: Event.CLEAN, Phase.STOPPING: Event.GONE, Phase.QUARANTINED: Event.REAPED}
-        failed = self.phase is Phase.UNWINDING
-        self.fire(done[self.phase])
-        self.means.tally.ended(self._status.kill_reason, failed=failed, released_ms=self.released_ms)
-
-    async def _release(self) -> bool:
-        """One way down the ladder. False: something could not be verified gone, and pins what lies beneath it."""
-        try:
-            await self._ledger.unwind(self.means.settings.unwind_within_s)
-            await publish(self)
-            self.record.remove()
-        except Exception as error:
-            self.attempts += 1
-            if self.phase is not Phase.QUARANTINED:
-                self.fire(Event.PINNED, f"release failed: {_innermost(error)}")
-            return False
-        return True
 
     # -- small things --
 
@@ -476,10 +478,3 @@ def _reason_of(fault: Exception | None) -> KillReason:
     """Whether it is of use to try again is told by the error's kind."""
     passing = isinstance(fault, PenstockError) and fault.kind is Kind.UNAVAILABLE
     return KillReason.START_REFUSED if passing else KillReason.START_FAILED
-
-
-def _innermost(error: BaseException) -> str:
-    """The first leaf of nested groups: what a person wants to read."""
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return str(error) or type(error).__name__

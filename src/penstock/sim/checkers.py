@@ -13,7 +13,8 @@ import msgspec
 
 from penstock.model import keys
 from penstock.model.records import Batch
-from penstock.model.sandbox import TERMINAL, Phase, SandboxSpec, SandboxStatus
+from penstock.model.sandbox import TERMINAL, KillReason, OnTimeout, Phase, SandboxSpec, SandboxStatus
+from penstock.model.snapshot import Snapshot
 from penstock.sim.kernel import Kernel
 from penstock.sim.trace import Trace
 
@@ -21,6 +22,7 @@ EXPIRY_S: Final = 1.0  # the promise
 ANSWERS: Final = frozenset({Phase.READY, *TERMINAL})
 
 _spec: Final = msgspec.json.Decoder(SandboxSpec).decode
+_snapshot: Final = msgspec.json.Decoder(Snapshot).decode
 _status: Final = msgspec.json.Decoder(SandboxStatus).decode
 
 
@@ -35,6 +37,7 @@ class Facts:
         self.revision = 0
         self.specs: dict[str, SandboxSpec] = {}
         self.statuses: dict[str, SandboxStatus] = {}
+        self.snapshots: dict[str, Snapshot] = {}
         self.spec_revisions: dict[str, int] = {}
         self.end_known_at: dict[str, float] = {}  # loop seconds: when the present `end_at` was written
 
@@ -51,6 +54,12 @@ class Facts:
                     self.statuses.pop(sandbox, None)
                 else:
                     self.statuses[sandbox] = _status(change.record.value)
+            elif key.startswith(keys.SNAPSHOT):
+                snapshot = key.removeprefix(keys.SNAPSHOT)
+                if gone:
+                    self.snapshots.pop(snapshot, None)
+                else:
+                    self.snapshots[snapshot] = _snapshot(change.record.value)
 
     def _spec(self, sandbox: str, spec: SandboxSpec | None, now: float) -> None:
         if spec is None:
@@ -84,7 +93,9 @@ class Checkers:
         records = self._kernel.records
         if verb == "made twice":
             self.blame(f"{kind} {name} made twice")
-        if verb == "made":
+        if kind == "image":
+            self._on_image(name, verb)
+        elif verb == "made":
             record = {"slot": f"slot{name}", "cgroup": name.removeprefix("sb-")}.get(kind, name)
             if record not in records:
                 self.blame(f"{kind} {name} made without a record")
@@ -102,6 +113,18 @@ class Checkers:
         elif kind == "record" and verb == "gone":
             for left in self.left_of(name):
                 self.blame(f"record of {name} removed while {left} exists")
+
+    def _on_image(self, image: str, verb: str) -> None:
+        """An image is announced before it is made, and outlives the record in the store that names it."""
+        if verb == "gone":
+            if image in self._facts.snapshots:
+                self.blame(f"image {image} removed while the store names it")
+            return
+        quoted = f'"{image}"'.encode()
+        announced = any(quoted in line for lines in self._kernel.records.values() for line in lines)
+        wished = any(spec.checkpoint is not None and spec.checkpoint.id == image for spec in self._facts.specs.values())
+        if not announced and not wished:
+            self.blame(f"image {image} made without a record")
 
     def _sole_owner(self, sandbox: str) -> None:
         orders = [proc.order for proc in self._kernel.processes.values()]
@@ -142,6 +165,10 @@ class Checkers:
                 self.blame(f"{sandbox} answered {first.value}, then ready")
         if phase is Phase.READY:
             self._rules_in_force(sandbox, status)
+        if phase is Phase.STOPPED and status.kill_reason is KillReason.PAUSED:
+            kept = [each.id for each in self._facts.snapshots.values() if each.sandbox == sandbox]
+            if not kept or not set(kept) <= set(self._kernel.images):
+                self.blame(f"{sandbox} is called paused, and its images are {kept} of {sorted(self._kernel.images)}")
         if phase in TERMINAL:
             self._ended.add(sandbox)
             for left in self.left_of(sandbox):
@@ -166,6 +193,8 @@ class Checkers:
             spec = self._facts.specs.get(sandbox)
             if status.phase is not Phase.READY or spec is None:
                 continue
+            if spec.frozen or spec.park is not None or spec.on_timeout is not OnTimeout.KILL:
+                continue  # it is to be paused, for which there is no such promise
             known_for_s = now - max(self.quiet_since, self._facts.end_known_at.get(sandbox, 0.0))
             late_s = min(self._wall() - spec.end_at, known_for_s)
             if late_s > EXPIRY_S + self.slack_s:

@@ -112,6 +112,10 @@ class Judge:
         return None
 
     def _check_end(self, pid: int, until: int) -> None:
+        if not self.feed_now():
+            # Each request of a pipeline waits for the feed to catch up before it is answered that nobody is there.
+            self._loop.call_later(END_S, self._check_end, pid, until)
+            return
         for number, (of, what) in self._open.items():
             if of == pid and number <= until:
                 self._blame(f"{what} is still open {END_S:g} s after the sandbox ended")

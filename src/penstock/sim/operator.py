@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
+from penstock.control.drains import foresee
 from penstock.model import keys
-from penstock.model.drain import DrainOrder, DrainReport, DrainStage, Fate, Outcome
+from penstock.model.drain import DrainOrder, DrainPlan, DrainReport, DrainStage, Fate, Outcome
 from penstock.model.node import NodeSpec, NodeStatus, NodeWord, drain, override, undrain
 from penstock.model.records import Batch
 from penstock.model.sandbox import Phase, SandboxStatus
@@ -41,6 +42,10 @@ class Drains:
         self.report: DrainReport | None = None
         self.outcomes: dict[int, dict[str, Outcome]] = {}
         self.ended: dict[int, DrainReport] = {}
+        self.plans: dict[int, DrainPlan] = {}
+        self.foreseen = self.came_true = 0
+        self._failed: set[str] = set()  # whose start failed
+        self._meddled: dict[int, set[str]] = {}  # whose spec changed during a drain, by epoch
         self._due = float("inf")  # loop seconds: when the hard deadline of the present order passes
 
     def anchor(self) -> None:
@@ -73,6 +78,8 @@ class Drains:
                 self._on_report(_node_status(value).drain)
             elif key.startswith(keys.DRAIN) and key.count("/") == 3:
                 self._on_outcome(int(key.split("/")[2]), _outcome(value))
+            elif key.startswith(keys.SANDBOX_SPEC) and self.spec is not None and change.record.version > 1:
+                self._meddled.setdefault(self.spec.epoch, set()).add(key.removeprefix(keys.SANDBOX_SPEC))
             elif key.startswith(keys.SANDBOX_STATUS):
                 self._on_status(msgspec.json.decode(value, type=SandboxStatus))
 
@@ -88,6 +95,39 @@ class Drains:
                 self._world.blame(f"drain {report.epoch} calls itself {report.succeeded}: {report}")
             self.ended[report.epoch] = report
 
+    def plan(self, spec: NodeSpec) -> None:
+        """What is foreseen for the drain that `spec` begins, from what an operator can see."""
+        order, facts = spec.drain, self._world.facts
+        assert order is not None
+        before = msgspec.structs.replace(spec, epoch=spec.epoch - 1, drain=None)
+        sandboxes = [(one, facts.statuses.get(name)) for name, one in sorted(facts.specs.items())]
+        self.plans[spec.epoch] = foresee(before, order, sandboxes, self._world.clock.wall())
+
+    def forget_plan(self, epoch: int) -> None:
+        """The operator changed his mind: what was foreseen is not what was ordered any more."""
+        self.plans.pop(epoch, None)
+
+    def compare(self) -> None:
+        """What was foreseen and what came, of drains that went as ordered. Call once, in the end.
+
+        A plan speaks of the world as it stood: whose spec somebody changed afterwards is left out, and whose start
+        failed, as is everything when the machine was started anew.
+        """
+        for epoch, plan in self.plans.items():
+            self._compare(plan, self.outcomes.get(epoch, {}))
+
+    def _compare(self, plan: DrainPlan, outcomes: dict[str, Outcome]) -> None:
+        for each in plan.foreseen:
+            outcome = outcomes.get(each.sandbox)
+            left_out = self._failed | self._meddled.get(plan.epoch + 1, set())
+            if outcome is not None and each.sandbox not in left_out:
+                self.foreseen += 1
+                self.came_true += outcome.fate is each.fate
+                if outcome.fate is not each.fate:
+                    self._world.trace.say(
+                        "not as planned", sandbox=each.sandbox, plan=each.fate.value, fate=outcome.fate.value
+                    )
+
     def _on_outcome(self, epoch: int, outcome: Outcome) -> None:
         self._world.trace.say("fate", sandbox=outcome.sandbox, fate=outcome.fate.value)
         known = self.outcomes.setdefault(epoch, {})
@@ -99,6 +139,8 @@ class Drains:
     def _on_status(self, status: SandboxStatus) -> None:
         """Once the node said that it drains, it accepts nothing until that is undone."""
         spec, report = self.spec, self.report
+        if status.phase is Phase.FAILED:
+            self._failed.add(status.id)
         if status.phase is not Phase.CREATING or spec is None or spec.drain is None or report is None:
             return
         if report.epoch == spec.epoch and report.stage is not DrainStage.UNDONE and report.starts == 0:
@@ -113,7 +155,7 @@ class Operator:
         self._drains = world.drains
 
     async def live(self) -> None:
-        for _ in range(self._rng.choice((0, 1, 1, 2))):
+        for _ in range(self._rng.choice((0, 1, 2, 3))):
             await self._world.sleep(self._rng.uniform(1.0, 12.0))
             await self._drain_once()
         await self._write(lambda spec: undrain(spec, now=self._now()) if spec.drain is not None else spec)
@@ -125,9 +167,12 @@ class Operator:
         await self._write(lambda spec: self._order(spec, soft_s, hard_s))
         spec = self._drains.spec
         assert spec is not None
-        epoch, how = spec.epoch, rng.choice(("wait", "wait", "extend", "force", "undo", "unhealthy"))
+        self._drains.plan(spec)
+        epoch, how = spec.epoch, rng.choice(("wait", "wait", "wait", "wait", "extend", "force", "undo", "unhealthy"))
         self._world.trace.say("operator", how=how, epoch=epoch)
         await self._world.sleep(rng.uniform(0.0, 6.0))
+        if how != "wait" or hard_s is None:
+            self._drains.forget_plan(epoch)
         if how == "undo":
             await self._write(lambda spec: undrain(spec, now=self._now()) if spec.drain is not None else spec)
             return

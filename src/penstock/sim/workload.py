@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from penstock.model import keys
-from penstock.model.ids import BuildId, SandboxId, TeamId, mint_sandbox_id
+from penstock.model.drain import Disposition
+from penstock.model.ids import BuildId, SandboxId, SnapshotId, TeamId, mint_sandbox_id
 from penstock.model.sandbox import (
     DISK_BYTES_DEFAULT,
     TERMINAL,
     EgressRules,
     KillReason,
     Limits,
+    OnTimeout,
     Phase,
     SandboxSpec,
     StopOrder,
@@ -50,11 +52,16 @@ class Client:
             await self._world.sleep(self._rng.uniform(0.0, 4.0))
             if self._ended():
                 break
-            how = self._rng.choice((self._new_rules, self._extended, self._shortened))
+            how = self._rng.choice((self._new_rules, self._extended, self._shortened, self._frozen, self._thawed))
             await self._change(how)
             await self._world.until(self._in_force(), IN_FORCE_S, f"{how.__name__} of {self.sandbox} in force")
-        if self._rng.random() < 0.6:
+        chance = self._rng.random()
+        if chance < 0.6:
             await self._change(self._stopped)
+        elif chance < 0.75:
+            await self._change(self._parked)
+        else:
+            await self._change(self._thawed)  # a frozen one has no end
         await self._world.until(self._ended, END_S, f"the end of {self.sandbox}")
 
     def _answered(self) -> bool:
@@ -90,6 +97,9 @@ class Client:
             limits=Limits(disk_bytes_max=DISK_BYTES_DEFAULT * (2 if odd_size else 1)),
             created_at=now,
             end_at=now + rng.choice((0.0, 1.0, 5.0, 30.0, 120.0)),
+            # By their names, so that they take no draw.
+            on_timeout=OnTimeout.PARK if self.sandbox[-3] < "d" else OnTimeout.KILL,
+            on_drain=Disposition.PARK if self.sandbox[-4] < "h" else None,
             egress=EgressRules(internet=rng.random() < 0.5),
             # By its name, so that it takes no draw.
             traffic_private=self.sandbox[-1] < "h",
@@ -137,6 +147,15 @@ class Client:
 
     def _shortened(self, spec: SandboxSpec) -> SandboxSpec:
         return msgspec.structs.replace(spec, end_at=self._world.clock.wall() + self._rng.uniform(-1.0, 2.0))
+
+    def _frozen(self, spec: SandboxSpec) -> SandboxSpec:
+        return msgspec.structs.replace(spec, frozen=True)
+
+    def _thawed(self, spec: SandboxSpec) -> SandboxSpec:
+        return msgspec.structs.replace(spec, frozen=False, end_at=max(spec.end_at, self._world.clock.wall() + 5.0))
+
+    def _parked(self, spec: SandboxSpec) -> SandboxSpec:
+        return msgspec.structs.replace(spec, park=spec.park or SnapshotId(f"s{spec.id}"))
 
     def _stopped(self, spec: SandboxSpec) -> SandboxSpec:
         if spec.stop is not None:

@@ -59,6 +59,8 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     sandboxes: int
     crashes: int
     answers: dict[str, int]
+    foreseen: int = 0  # fates of drains that went as ordered
+    came_true: int = 0
     verdicts: dict[str, int] = {}  # of a world with traffic: how requests were judged
 
 
@@ -223,6 +225,8 @@ class World:
             sandboxes=len(self._clients),
             crashes=self.crashes,
             answers=answers,
+            foreseen=self.drains.foreseen,
+            came_true=self.drains.came_true,
         )
 
     def describe(self) -> str:
@@ -338,6 +342,8 @@ class World:
             raise Violation(f"at rest, leaks: {leaks}")
         self.daemon.check_bugs()
         await self.daemon.node.close(Closing.FORCE)
+        if self.kernel.boots == 1:
+            self.drains.compare()
         kernel = self.kernel
         for what, left in (
             ("processes", kernel.processes),
@@ -346,6 +352,8 @@ class World:
             ("disks", kernel.disks),
             ("folders", kernel.run_dirs),
             ("records", kernel.records),
+            ("unnamed images", set(kernel.images) - set(self.facts.snapshots)),
+            ("snapshots without an image", set(self.facts.snapshots) - set(kernel.images)),
         ):
             if left:
                 raise Violation(f"after the end, {what} are left: {sorted(left)}")

@@ -345,3 +345,52 @@ def test_a_stop_ends_no_later_than_the_drain_under_way() -> None:
         assert [(each.sandbox, each.fate) for each in outcomes] == [(deaf, Fate.FORCE)]
 
     play(script)
+
+
+def test_a_daemon_that_dies_between_the_record_and_the_signal_asks_again() -> None:
+    async def script(plant: Plant) -> None:
+        operator = Operator(plant)
+        sandbox = await plant.ready()
+        await operator.drain(soft_s=2.0, hard_s=100.0)
+        await asyncio.sleep(1.0)
+        plant.life._appends_left = 1  # dies right after the line that says "asked to end"
+        await asyncio.sleep(3.0)
+        assert plant.life.dead
+        assert plant.processes_of(sandbox), "it was never asked"
+        await plant.restart()
+        await operator.ended(5.0)
+        assert operator.fates() == {sandbox: Fate.STOP}
+
+    play(script)
+
+
+def test_one_that_is_freed_from_quarantine_has_its_real_fate_in_the_receipt() -> None:
+    async def script(plant: Plant) -> None:
+        operator = Operator(plant)
+        sandbox = await plant.ready()
+        plant.faults.stuck.add(f"cgroup remove sb-{sandbox}")
+        began = plant.clock.monotonic()
+        await operator.drain(soft_s=0.0, hard_s=12.0)
+        report = await operator.ended(30.0)
+        assert plant.clock.monotonic() - began <= 14.0
+        assert (report.succeeded, operator.fates()) == (False, {sandbox: Fate.QUARANTINE})
+        plant.faults.stuck.clear()
+        await plant.ended(sandbox, within_s=60.0)
+        await asyncio.sleep(0.1)
+        assert (operator.report().succeeded, operator.fates()) == (True, {sandbox: Fate.STOP})
+
+    play(script)
+
+
+def test_a_release_that_fails_once_is_no_quarantine() -> None:
+    async def script(plant: Plant) -> None:
+        sandbox = await plant.ready()
+        plant.faults.failing.add(f"cgroup remove sb-{sandbox}")
+        asyncio.get_running_loop().call_later(0.5, plant.faults.failing.clear)
+        seen: set[Phase] = set()
+        plant.statuses.subscribe(lambda _, status: seen.add(status.phase) if status is not None else None)
+        await plant.stop(sandbox)
+        await plant.ended(sandbox)
+        assert Phase.QUARANTINED not in seen
+
+    play(script)

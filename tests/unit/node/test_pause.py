@@ -345,3 +345,20 @@ def test_what_cannot_be_parked_is_stopped_and_the_hard_deadline_holds(monkeypatc
         assert operator.fates() == {sandbox: Fate.FORCE}
 
     play(script)
+
+
+def test_a_daemon_that_comes_back_after_the_soft_deadline_parks_what_is_to_be_parked() -> None:
+    """It acts on the drain before it has seen any spec: by the record, or it would stop what was to be kept."""
+
+    async def script(plant: Plant) -> None:
+        operator = Operator(plant)
+        sandbox = await plant.ready(on_drain=Disposition.PARK)
+        await operator.drain(soft_s=5.0, hard_s=60.0)
+        await asyncio.sleep(1.0)
+        await plant.kill_daemon()
+        await asyncio.sleep(10.0)
+        await plant.start_node()
+        await operator.ended(30.0)
+        assert operator.fates() == {sandbox: Fate.PARK}
+
+    play(script)

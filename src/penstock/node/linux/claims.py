@@ -11,7 +11,7 @@ import fcntl
 import glob
 import ipaddress
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -94,8 +94,10 @@ class Claims:
         self._folder = Path(folder)
         self._in_use = in_use or has_cgroups
 
-    def claim_block(self, installation: str, *, data: str, slots: int, network: str) -> Block:
-        """This installation's block: the one it has, or a free one of at least `slots` slots.
+    def claim_block(
+        self, installation: str, *, data: str, slots: int, network: str, avoid: Sequence[Block] = ()
+    ) -> Block:
+        """This installation's block: the one it has, or a free one of at least `slots` slots; none of `avoid`.
 
         `data` is its data folder. Raises HostFull, Invalid (the network is too small), or Conflict when another
         living data folder carries the same installation id (a copied folder).
@@ -112,14 +114,16 @@ class Claims:
                     why=f"{mine.data} uses it",
                     now=f"stop that one, or remove the file {data}/installation of a copy",
                 )
-            if mine is not None and mine.count >= slots and mine.network == network:
+            fits = mine is not None and mine.count >= slots and mine.network == network
+            if mine is not None and fits and _block(mine) not in avoid:
                 self._write(msgspec.structs.replace(mine, data=data, pid=os.getpid()))
                 return _block(mine)
             for name, claim in list(claims.items()):
                 if self._is_stale(claim):
                     self._path(name).unlink(missing_ok=True)
                     del claims[name]
-            taken = {block for claim in claims.values() for block in _blocks_of(claim)} | _foreign_blocks()
+            ranges = [_blocks_of(claim) for claim in claims.values()] + [_blocks_of(block) for block in avoid]
+            taken = {number for numbers in ranges for number in numbers} | _foreign_blocks()
             first = _first_free(taken, wanted, min(room, _BLOCKS))
             if first is None:
                 raise HostFull(
@@ -245,7 +249,7 @@ def _block(claim: _Claim) -> Block:
     return Block(first_slot=claim.first_slot, count=claim.count, network=claim.network)
 
 
-def _blocks_of(claim: _Claim) -> range:
+def _blocks_of(claim: _Claim | Block) -> range:
     first = claim.first_slot // SLOTS_PER_BLOCK
     return range(first, first + -(-claim.count // SLOTS_PER_BLOCK))
 

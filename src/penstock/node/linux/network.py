@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Final, TypeVar
@@ -24,16 +24,17 @@ from penstock.model.errors import NotTheSlot
 from penstock.model.sandbox import EgressRules
 from penstock.node.egress_rules import CLOSED, Egress, compile_rules
 from penstock.node.linux import egress, links, netns
-from penstock.node.linux.claims import Block, Claims
+from penstock.node.linux.claims import Block, Claims, HostFull
 from penstock.node.linux.departures import Departures
 from penstock.node.linux.dns import DnsProxy
 from penstock.node.linux.router import Router, Wires, Workbench, build_slot
 from penstock.node.linux.traces import read_traces
-from penstock.node.linux.uplink import Uplink, UplinkState
+from penstock.node.linux.uplink import AddressTaken, Uplink, UplinkState
 from penstock.node.ports import Slot
 
 THREADS: Final = 2  # the kernel serialises changes of links anyway
 OPEN_S: Final = 30.0
+BLOCKS_TRIED_MAX: Final = 4
 CREATE_S: Final = 10.0
 
 _T = TypeVar("_T")
@@ -129,12 +130,10 @@ class LinuxNetwork:
 
     def _open_router(self) -> None:
         """Everything of `open` that may block, on a thread that may stray."""
-        self._block = self._claims.claim_block(
-            self._installation, data=self._data, slots=self._slots, network=self._cidr
-        )
+        self._claim_block(())
         self._router.open()
         if self._wants_uplink:
-            self._uplink_state = self._uplink().open()
+            self._open_uplink()
         else:
             self._uplink().remove()
             self._uplink_state = UplinkState("", "switched off in the settings")
@@ -148,6 +147,34 @@ class LinuxNetwork:
             learn=self._learn,
             resolv_conf=self._resolv_conf,
         )
+
+    def _claim_block(self, avoid: Sequence[Block]) -> None:
+        self._block = self._claims.claim_block(
+            self._installation, data=self._data, slots=self._slots, network=self._cidr, avoid=avoid
+        )
+
+    def _open_uplink(self) -> None:
+        """Another block when the host has a route into ours: a claim keeps out those who claim, and nobody else.
+
+        Such are an installation whose data folder was removed, one with another `network_cidr`, or one being removed
+        at this moment. A router that was found stays where it is: sandboxes may live behind it.
+        """
+        refused: list[Block] = []
+        while True:
+            try:
+                self._uplink_state = self._uplink().open()
+                return
+            except AddressTaken:
+                refused.append(self._block)
+                if not self._router.made or len(refused) >= BLOCKS_TRIED_MAX:
+                    raise
+                try:
+                    self._claim_block(refused)
+                except HostFull:
+                    pass  # Safe: nothing else is free, and what stands in the way is the better word.
+                else:
+                    continue
+                raise
 
     async def create_slot(self, number: int) -> Slot:
         """About 1 ms beside the user namespace. If cancelled or failed, nothing is left that this process holds."""
