@@ -152,9 +152,10 @@ class Live:
 
 def headline(report: dict[str, Any]) -> str:
     """Stage and counts in one line."""
-    counts = [f"{report[what]} {what}" for what in ("starts", "builds", "live", "quarantined") if report[what]]
-    text = f"{report['node']} drains: {report['stage']}"
-    text += f", {', '.join(counts)} left" if counts else ""
+    names = {"starts": "starts", "builds": "builds", "live": "sandboxes", "quarantined": "in quarantine"}
+    counts = [f"{report[field]} {name}" for field, name in names.items() if report[field]]
+    text = f"{report['node']} drains, stage {report['stage']}"
+    text += f"; left: {', '.join(counts)}" if counts else ""
     text += f"; so far {tally(report['fates'])}" if report["fates"] else ""
     return text + "".join(f"\n  force: {error}" for error in report["forceErrors"])
 

@@ -201,7 +201,7 @@ def test_ctrl_c_leaves_the_drain_going_and_says_what_one_may_do(api: Api, monkey
 def test_without_watching_it_ends_when_the_order_is_taken(api: Api) -> None:
     ran = run("drain", "local", "--yes", "--no-watch")
     assert ran.exit_code == 0
-    assert "local drains: live, 2 live left" in ran.stdout
+    assert "local drains, stage live; left: 2 sandboxes" in ran.stdout
     assert api.streams, "nothing was watched"
 
 
