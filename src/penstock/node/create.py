@@ -20,6 +20,7 @@ from penstock.node import evict
 from penstock.node.means import Means
 from penstock.node.ports import Disk, GuestConfig, LaunchOrder, Process
 from penstock.node.record import Pid, SandboxRecord
+from penstock.node.slots import Pool
 from penstock.wire.tokens import access_token
 
 T = TypeVar("T")
@@ -69,24 +70,28 @@ async def create(
         raise NotFound("build is not on this node", which=spec.build, now="retry; it may still arrive")
     ports, within_s = means.ports, means.settings.step_within_s
 
-    async def make_run_dir() -> str:
-        return ports.files.make_run_dir(spec.id)
-
-    async def take_disk() -> Disk:
-        if spec.snapshot is not None:
-            return await ports.disks.create(spec.id, spec.limits, image=spec.snapshot)
-        if spec.limits.disk_bytes_max == _POOLED.disk_bytes_max and (
-            spec.limits.disk_inodes_max == _POOLED.disk_inodes_max
-        ):
-            return (await means.disks.take(spec.id, within_s=within_s))[1]
-        return await ports.disks.create(spec.id, spec.limits)
-
     async def take(label: str, acquire: Callable[[], Awaitable[T]]) -> T:
         return await steps.time(label, ledger.take(label, acquire, lambda: undo.of(label)))
 
-    run_dir = await take(evict.RUN_DIR, make_run_dir)
-    number, slot = await take(evict.SLOT, lambda: means.slots.take(spec.id, within_s=within_s))
-    disk = await take(evict.DISK, take_disk)
+    async def take_now(label: str, acquire: Callable[[], T]) -> T:
+        return await steps.time(label, ledger.take_now(label, acquire, lambda: undo.of(label)))
+
+    async def take_pooled(label: str, pool: Pool[T]) -> tuple[int, T]:
+        if pool.at_hand:
+            return await take_now(label, lambda: pool.take_nowait(spec.id))
+        return await take(label, lambda: pool.take(spec.id, within_s=within_s))
+
+    async def take_disk() -> Disk:
+        limits = spec.limits
+        if spec.snapshot is not None:
+            return await take(evict.DISK, lambda: ports.disks.create(spec.id, limits, image=spec.snapshot))
+        if (limits.disk_bytes_max, limits.disk_inodes_max) == (_POOLED.disk_bytes_max, _POOLED.disk_inodes_max):
+            return (await take_pooled(evict.DISK, means.disks))[1]
+        return await take(evict.DISK, lambda: ports.disks.create(spec.id, limits))
+
+    run_dir = await take_now(evict.RUN_DIR, lambda: ports.files.make_run_dir(spec.id))
+    number, slot = await take_pooled(evict.SLOT, means.slots)
+    disk = await take_disk()
     cgroup = evict.cgroup_name(spec.id)
     await take(evict.CGROUP, lambda: ports.cgroups.create(cgroup, spec.limits))
     await steps.time("rules", ports.network.apply(number, spec.egress))

@@ -29,7 +29,10 @@ T = TypeVar("T")
 
 READY_DEFAULT: Final = 32  # about 0.6 MB of kernel memory per slot
 MAKING_MAX_DEFAULT: Final = 4
-REFILL_REST_S: Final = 0.05  # after a take that leaves enough
+REFILL_QUIET_S: Final = 0.05  # since the last take, before one more is made ahead of need
+OPENING_COUNT: Final = 8  # the first of a pool's life are made at once; the others
+OPENING_QUIET_S: Final = 1.0  # after its opening, when the rest of the daemon has started, too
+CLEARING_MAX: Final = 16  # destroyed at once by a closing pool: the kernel takes many links away as fast as one
 RETRY_BASE_S: Final = 0.1
 RETRY_CAP_S: Final = 10.0
 
@@ -68,8 +71,10 @@ class Pool(Generic[T]):
     """Ready-made `T`s, each handed out once.
 
     `make(number)` and `destroy(number)` are the port's two verbs; destroy treats absent as success and returns only
-    after verifying. `numbers` is the claimed block. At most `making_max` are made at once; `ready_target` are kept
-    ready. `files` keeps a record named `<kind><number>` for each. Not thread-safe: one loop.
+    after verifying. `numbers` is the claimed block. At most `making_max` are made at once, for takers that wait;
+    `ready_target` are kept ready, made one after the other and while nobody takes: a make costs the machine as much as
+    a start, and in a burst of creates the sandboxes come first. `files` keeps a record named `<kind><number>` for each.
+    Not thread-safe: one loop.
     """
 
     def __init__(
@@ -101,7 +106,8 @@ class Pool(Generic[T]):
         self._changed = asyncio.Event()  # set at each change while somebody closes
         self._failures = 0  # makes that failed in a row
         self._opened = False
-        self._resting = False  # a refill is put off
+        self._quiet_from = 0.0  # of the loop's clock: from then on one is made ahead of need
+        self._resting = False  # a refill is put off until then
         self._closed = False
         self._made = self._destroyed = self._refused = self._make_failures = 0
 
@@ -112,6 +118,7 @@ class Pool(Generic[T]):
     def open(self) -> None:
         """Start filling. Call after `reclaim` and `condemn` told what an earlier daemon left."""
         self._opened = True
+        self._quiet_from = asyncio.get_running_loop().time() + OPENING_QUIET_S
         self._refill()
 
     def reclaim(self, number: int, value: T | None, *, owner: str) -> None:
@@ -130,6 +137,11 @@ class Pool(Generic[T]):
         """Never use `number` in this life: somebody this daemon does not understand may have it."""
         self._claim(number, State.PINNED)
 
+    @property
+    def at_hand(self) -> bool:
+        """Whether `take_nowait` would give one, with nobody waiting before."""
+        return bool(self._ready) and not self._waiters and not self._closed
+
     def take_nowait(self, owner: str) -> tuple[int, T]:
         """A ready one, now. Raises NoFreeSlot when none is ready, PoolClosed when closed, OSError on a full disk."""
         if self._closed:
@@ -139,7 +151,7 @@ class Pool(Generic[T]):
         number = self._ready[0]
         self._lend(number, owner)
         self._ready.popleft()
-        self._refill(soon=2 * len(self._ready) < self._ready_target)
+        self._refill()
         return number, self._values[number]
 
     async def take(self, owner: str, *, within_s: float) -> tuple[int, T]:
@@ -148,7 +160,7 @@ class Pool(Generic[T]):
         Raises NoFreeSlot at once when every number is in use, PoolClosed, the error of a failed make, or
         DeadlinePassed. If cancelled, nothing stays taken.
         """
-        if self._ready and not self._waiters:
+        if self.at_hand:
             return self.take_nowait(owner)
         if self._closed:
             raise self._closed_error()
@@ -204,8 +216,9 @@ class Pool(Generic[T]):
             waiter, _ = self._waiters.popleft()
             if not waiter.done():
                 waiter.set_exception(self._closed_error())
-        while self._ready:
-            await self._discard(self._ready.popleft())
+        clearing = [self._crew.spawn(self._clear(), name=f"{self.kind} pool clearing") for _ in range(CLEARING_MAX)]
+        for each in clearing:
+            await each
         busy = (State.MAKING, State.RETURNING) if leave_taken else _ALL_OUT
         async with within(within_s, f"the return of every {self.kind}"):
             while any(self._counts[state] for state in busy):
@@ -244,28 +257,36 @@ class Pool(Generic[T]):
 
     # -- filling --
 
-    def _refill(self, *, soon: bool = True) -> None:
+    def _refill(self) -> None:
         if not self._opened:
             return
-        if not soon:  # the sandbox that took one starts first: a make takes as much of the machine as a start
-            if not self._resting:
+        while self._free and self._counts[State.MAKING] < self._making_max and self._awaited() > 0:
+            self._begin_make()
+        if self._free and not self._counts[State.MAKING] and self._short() > 0:
+            quiet_in_s = self._quiet_from - asyncio.get_running_loop().time()
+            if quiet_in_s <= 0 or self._made < OPENING_COUNT:
+                self._begin_make()
+            elif not self._resting:
                 self._resting = True
-                self._crew.spawn(self._rest(), name=f"{self.kind} refill")
-            return
-        while self._free and self._counts[State.MAKING] < self._making_max and self._short() > 0:
-            number = self._free.popleft()
-            self._set_state(number, State.MAKING)
-            self._crew.spawn(self._make_one(number), name=f"{self.kind} {number} make")
+                self._crew.spawn(self._rest(quiet_in_s), name=f"{self.kind} refill")
 
-    async def _rest(self) -> None:
-        await asyncio.sleep(REFILL_REST_S)
+    async def _rest(self, for_s: float) -> None:
+        await asyncio.sleep(for_s)
         self._resting = False
         self._refill()
 
+    def _begin_make(self) -> None:
+        number = self._free.popleft()
+        self._set_state(number, State.MAKING)
+        self._crew.spawn(self._make_one(number), name=f"{self.kind} {number} make")
+
+    def _awaited(self) -> int:
+        """How many more should be on their way for takers that wait."""
+        return len(self._waiters) - len(self._ready) - self._counts[State.MAKING]
+
     def _short(self) -> int:
-        """How many more should be on their way. After a failure only takers drive tries; `_calm` drives the rest."""
-        wanted = len(self._waiters) + (0 if self._failures else self._ready_target)
-        return wanted - len(self._ready) - self._counts[State.MAKING]
+        """How many more should lie ready. After a failure only takers drive tries; `_calm` drives the rest."""
+        return 0 if self._failures else self._ready_target - len(self._ready)
 
     async def _make_one(self, number: int) -> None:
         assert self._states[number] is State.MAKING
@@ -309,6 +330,11 @@ class Pool(Generic[T]):
                 self._set_state(number, State.MAKING)
                 await self._make_one(number)
 
+    async def _clear(self) -> None:
+        """One of those that destroy what lies ready in a closing pool."""
+        while self._ready:
+            await self._discard(self._ready.popleft())
+
     async def _discard(self, number: int) -> None:
         """Destroy what nobody has. Where that fails, somebody keeps trying."""
         try:
@@ -349,6 +375,7 @@ class Pool(Generic[T]):
         self._files.append_record(self.name(number), encode(Lent(owner=owner)))
         self._own(number, owner)
         self._set_state(number, State.TAKEN)
+        self._quiet_from = max(self._quiet_from, asyncio.get_running_loop().time() + REFILL_QUIET_S)
 
     def _put_back_unused(self, number: int) -> None:
         """A taker was cancelled between hand-over and waking: nobody used it, so it is as good as new."""

@@ -48,7 +48,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     domain: str = "sbx.localhost"
     on_stop: OnStop | None = None  # None: drain on a terminal, keep as a service
     drain_s: float = 30.0  # bound of a drain at stop; then what is left is forced
-    slots_ready: int = 8  # slots and disks kept prepared
+    slots_ready: int = 128  # slots and disks kept prepared: 0.25 MiB and 4 descriptors each
     slots_max: int = 1024  # sandboxes on this node at once
     starts_max: int = 6  # starts that run at once; more wait in order
     starts_waiting_max: int = 1000

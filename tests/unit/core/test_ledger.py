@@ -119,6 +119,42 @@ async def test_a_failed_acquire_whose_undo_fails_too_stays_and_loses_neither_err
 
 
 @virtual
+async def test_what_is_taken_now_is_in_the_book_before_it_exists_and_undone_like_the_rest() -> None:
+    world = World()
+    ledger = await taken(world)
+
+    def make_now() -> str:
+        assert world.states("folder") == ["intent"], "made before its intent was written"
+        world.exists.add("folder")
+        return "the folder"
+
+    assert await ledger.take_now("folder", make_now, world.remove("folder")) == "the folder"
+    assert ledger.labels() == (*LABELS, "folder")
+    await ledger.unwind(60)
+    assert world.undone == ["folder", *reversed(LABELS)]
+    assert world.states("folder") == ["intent", "held", "released"]
+
+
+@virtual
+async def test_what_fails_now_is_undone_at_once() -> None:
+    world = World()
+    ledger = await taken(world)
+
+    def make_half() -> str:
+        world.exists.add("folder")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        await ledger.take_now("folder", make_half, world.remove("folder"))
+    assert world.exists == set(LABELS)
+    assert ledger.labels() == LABELS
+    world.book_full_for.add(("folder", State.HELD))
+    with pytest.raises(OSError, match="No space"):
+        await ledger.take_now("folder", lambda: world.exists.add("folder"), world.remove("folder"))
+    assert world.exists == set(LABELS)
+
+
+@virtual
 async def test_a_full_disk_before_the_intent_takes_nothing() -> None:
     world = World()
     world.book_full_for.add(("slot 14", State.INTENT))

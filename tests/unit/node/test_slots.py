@@ -13,7 +13,7 @@ from penstock.core.deadlines import DeadlinePassed, within
 from penstock.core.ledger import Entry, Ledger
 from penstock.model.errors import NoFreeSlot, PoolClosed
 from penstock.node.record import read_pooled
-from penstock.node.slots import Pool
+from penstock.node.slots import REFILL_QUIET_S, Pool
 from penstock.sim.faults import Faults, Rates
 from penstock.sim.guests import Nursery
 from penstock.sim.kernel import Kernel, Life, SimFiles
@@ -93,6 +93,47 @@ async def test_it_is_filled_before_anybody_asks_and_refilled_after(bench: Bench)
     assert value == f"value {number}"
     assert read_pooled(bench.world.files, f"slot{number}")[1] == "a"  # type: ignore[index]
     await until(lambda: pool.statistics().ready == 3)
+
+
+async def test_nothing_is_made_ahead_of_need_while_takes_go_on(bench: Bench) -> None:
+    pool = bench.pool(count=40, ready=16)
+    pool.open()
+    await until(lambda: pool.statistics().ready == 16)
+    for number in range(16):
+        await pool.take(f"owner{number}", within_s=1)
+        await asyncio.sleep(REFILL_QUIET_S / 10)
+    assert len(bench.world.made) == 16, "a sandbox that starts comes before a slot for the next one"
+    await pool.take("one more", within_s=1)  # made at once: somebody waits
+    assert len(bench.world.made) == 17
+    await until(lambda: pool.statistics().ready == 16)
+
+
+async def test_ahead_of_need_one_is_made_after_the_other(bench: Bench) -> None:
+    bench.world.make_gate.clear()
+    pool = bench.pool(count=8, ready=6)
+    pool.open()
+    await asyncio.sleep(0.01)
+    assert pool.statistics().making == 1
+    takers = [bench.crew.spawn(pool.take(owner, within_s=5), name=owner) for owner in "abc"]
+    await asyncio.sleep(0.01)
+    assert pool.statistics().making == 3, "for takers they are made side by side"
+    bench.world.make_gate.set()
+    for taker in takers:
+        await taker
+
+
+async def test_closing_destroys_what_lies_ready_side_by_side(bench: Bench) -> None:
+    pool = bench.pool(count=8, ready=8)
+    pool.open()
+    await until(lambda: pool.statistics().ready == 8)
+    bench.world.destroy_gate.clear()
+    closing = bench.crew.spawn(pool.close(within_s=5), name="close")
+    await asyncio.sleep(0.01)
+    assert pool.statistics().returning == 8
+    bench.world.destroy_gate.set()
+    await closing
+    assert bench.world.exists == set()
+    assert bench.world.kernel.records == {}
 
 
 async def test_what_comes_back_is_destroyed_and_its_number_waits_for_that(bench: Bench) -> None:
