@@ -7,12 +7,17 @@ the daemon, not of the machine, and neither do sandboxes.
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
+import struct
 from typing import Final
 
 _RECORD_SUFFIX: Final = ".log"
 _RECORD_BYTES_MAX: Final = 4 << 20
+_GET_FLAGS: Final = 0x8008_6601  # FS_IOC_GETFLAGS: _IOR('f', 1, long)
+_SET_FLAGS: Final = 0x4008_6602  # FS_IOC_SETFLAGS: _IOW('f', 2, long)
+_TOP_OF_TREE: Final = 0x0002_0000  # FS_TOPDIR_FL
 
 
 class LinuxFiles:
@@ -20,11 +25,15 @@ class LinuxFiles:
 
     def __init__(self, *, records: str, run: str) -> None:
         self._records, self._run = records, run
+        self._spread = False  # once, before the first folder
         self._ends: dict[str, int] = {}  # where a record ends that we wrote to: with a whole line
 
     def make_run_dir(self, sandbox: str) -> str:
         """A new directory, 0700; one that is there already is kept (a create that is tried again)."""
         path = _below(self._run, sandbox)
+        if not self._spread:
+            self._spread = True
+            _spread(self._run)
         try:
             os.mkdir(path, mode=0o700)
         except FileExistsError:
@@ -101,3 +110,21 @@ def _make_whole(fd: int, size: int) -> int:
         size = os.pread(fd, _RECORD_BYTES_MAX, 0).rfind(b"\n") + 1
         os.ftruncate(fd, size)
     return size
+
+
+def _spread(folder: str) -> None:
+    """Ask ext4 to put each folder made in `folder` into another part of the disk (`chattr +T`).
+
+    Each sandbox's folder comes and goes with four files. Without a journal ext4 gives a number back only minutes after
+    its file was deleted, and looks past all of those each time: with a thousand deleted in one part of the disk, 2 ms
+    of a create. Spread out, there are few in each. Where it is no ext4 nothing changes.
+    """
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        flags = struct.unpack("=I", fcntl.ioctl(fd, _GET_FLAGS, bytes(4)))[0]
+        if not flags & _TOP_OF_TREE:
+            fcntl.ioctl(fd, _SET_FLAGS, struct.pack("=I", flags | _TOP_OF_TREE))
+    except OSError:
+        pass  # Safe: a file system without such flags, or without this one
+    finally:
+        os.close(fd)
