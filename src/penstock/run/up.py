@@ -7,10 +7,11 @@ what goes on running. A second signal escalates a drain to force.
 from __future__ import annotations
 
 import asyncio
+import gc
 import signal
 import sys
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, Final
 
 import uvloop
 
@@ -18,6 +19,8 @@ from penstock.run import door, logs
 from penstock.run.daemon import Daemon
 from penstock.run.datafolder import DataFolder
 from penstock.run.settings import OnStop, Settings
+
+GC_THRESHOLDS: Final = (20_000, 20, 20)
 
 
 def main(settings: Settings) -> int:
@@ -52,6 +55,7 @@ class _Up:
                 say("stopped before it was ready")
                 return 1
         starting.result()
+        _settle_heap()
         try:
             server = await door.serve(self._folder.door_socket, self._answer)
         except BaseException:
@@ -130,6 +134,13 @@ class _Up:
             say(f"TLS for https://<port>-<id>.{self._settings.domain} on {daemon.tls_url}{by}")
         say(f"data in {self._folder.path}; print the lines above again with: penstock env --data {self._folder.path}")
         say("ready")
+
+
+def _settle_heap() -> None:
+    """What the start made lives for ever, and requests make few cycles: look for some rarely, and not among that."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*GC_THRESHOLDS)
 
 
 def _intention(on_stop: OnStop, settings: Settings) -> str:
