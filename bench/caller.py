@@ -27,10 +27,25 @@ class Caller:
 
     def ask(self, method: str, target: str, body: bytes = b"", headers: dict[str, str] | None = None) -> bytes:
         """The body of the reply. Raises RuntimeError unless the status is 2xx."""
+        self.send(self.request(method, target, body, headers))
+        return self.reply()
+
+    def request(self, method: str, target: str, body: bytes = b"", headers: dict[str, str] | None = None) -> bytes:
+        """What `send` puts on the wire."""
         extra = "".join(f"{name}: {value}\r\n" for name, value in (headers or {}).items())
         head = f"{method} {target} HTTP/1.1\r\n{self._fixed}{extra}Content-Length: {len(body)}\r\n\r\n"
-        self._sock.sendall(head.encode() + body)
+        return head.encode() + body
+
+    def send(self, request: bytes) -> None:
+        """Without waiting for the reply; `reply` must come before the next request."""
+        self._sock.sendall(request)
+
+    def reply(self) -> bytes:
+        """Of what was sent last. Waits, unless `fileno` was readable. Raises RuntimeError unless the status is 2xx."""
         return b"".join(self._reply())
+
+    def fileno(self) -> int:
+        return self._sock.fileno()
 
     def download(self, target: str) -> int:
         """How many bytes came; none of them is kept."""
@@ -104,9 +119,15 @@ class Api(Caller):
         super().__init__(env["E2B_API_URL"], {"X-API-Key": env["E2B_API_KEY"], "Content-Type": "application/json"})
 
     def create(self, *, timeout_s: int = 300) -> dict[str, Any]:
-        made: dict[str, Any] = json.loads(
-            self.ask("POST", "/sandboxes", json.dumps({"templateID": "base", "timeout": timeout_s}).encode())
-        )
+        self.send(self.create_request(timeout_s=timeout_s))
+        return self.created()
+
+    def create_request(self, *, timeout_s: int = 300) -> bytes:
+        return self.request("POST", "/sandboxes", json.dumps({"templateID": "base", "timeout": timeout_s}).encode())
+
+    def created(self) -> dict[str, Any]:
+        """The sandbox, once `create_request` was sent."""
+        made: dict[str, Any] = json.loads(self.reply())
         return made
 
     def kill(self, sandbox: str) -> None:
