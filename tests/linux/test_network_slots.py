@@ -528,6 +528,25 @@ async def test_a_failed_opening_leaves_the_host_as_it_was(lab: Lab, tmp_path: Pa
     await network.close(destroy=True)
 
 
+async def test_a_block_the_host_has_a_route_into_is_passed_over(lab: Lab, tmp_path: Path) -> None:
+    """Another installation is being made or removed at this moment, and no claim says so (any more)."""
+    run(lab.host, "ip", "route", "add", "10.201.252.0/31", "via", netlab.OUTSIDE)
+    run(lab.host, "ip", "route", "add", "10.201.252.2/31", "via", netlab.OUTSIDE)
+    network = installation(lab, tmp_path, "third0")
+    await network.open()
+    try:
+        assert network.block.uplink_addresses == ("10.201.252.4", "10.201.252.5")
+        slot = await open_slot(network, 0)
+        assert slot.address == "10.201.8.1"
+    finally:
+        await destroy(network)
+    again = installation(lab, tmp_path, "third0")
+    run(lab.host, "ip", "route", "del", "10.201.252.0/31")
+    await again.open()
+    assert again.block.uplink_addresses == ("10.201.252.0", "10.201.252.1")
+    await destroy(again)
+
+
 async def test_a_host_without_a_default_route_gets_no_uplink(lab: Lab, tmp_path: Path) -> None:
     run(lab.host, "ip", "route", "del", "default")
     network = installation(lab, tmp_path, "alone0")
