@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.filling import fill
 
 from penstock.core.clock import SystemClock
 from penstock.store.errors import StoreFull
@@ -15,7 +16,6 @@ from penstock.store.sqlite import SqliteLog
 from penstock.store.store import Put, Store
 
 pytestmark = pytest.mark.root
-MIB = 1024 * 1024
 WRITERS = {"a/": frozenset({"t"})}
 
 
@@ -34,19 +34,6 @@ def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128m", "none", place], check=True)
     yield place
     subprocess.run(["umount", place], check=True)
-
-
-def fill(disk: Path) -> Path:
-    """Take every byte that is free."""
-    hog = disk / "hog"
-    with hog.open("ab", buffering=0) as file:
-        for size in (MIB, 4096, 1):
-            try:
-                while file.write(b"x" * size):
-                    pass
-            except OSError:
-                continue
-    return hog
 
 
 async def open_store(disk: Path) -> Store:

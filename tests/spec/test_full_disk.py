@@ -8,10 +8,10 @@ from pathlib import Path
 
 import httpx
 import pytest
+from tests.filling import MIB, fill
 from tests.installation import Installation
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(180)]
-MIB = 1024 * 1024
 
 
 @pytest.fixture
@@ -32,18 +32,6 @@ def one(tmp_path: Path) -> Iterator[Installation]:
     finally:
         installation.destroy()
         subprocess.run(["umount", place], check=True)
-
-
-def fill(disk: Path) -> Path:
-    hog = disk / "hog"
-    with hog.open("ab", buffering=0) as file:
-        for size in (MIB, 4096, 1):
-            try:
-                while file.write(b"x" * size):
-                    pass
-            except OSError:
-                continue
-    return hog
 
 
 def test_sandboxes_are_ended_and_none_is_made_while_the_disk_is_full(one: Installation):
