@@ -113,7 +113,9 @@ async def test_gzip_uploads_are_unpacked_members_in_a_row_too(room: Room) -> Non
 
 
 @pytest.mark.parametrize(
-    ("body", "coding"), [(b"junk", "gzip"), (gzip.compress(b"x")[:-3], "gzip"), (b"", "gzip"), (b"x", "br")]
+    ("body", "coding"),
+    # Without a time: a test's name is made of its values, and is the same in every process that collects it.
+    [(b"junk", "gzip"), (gzip.compress(b"x", mtime=0)[:-3], "gzip"), (b"", "gzip"), (b"x", "br")],
 )
 async def test_a_body_that_is_not_what_its_encoding_says_is_refused(room: Room, body: bytes, coding: str) -> None:
     assert (await room.upload("f", body, content_encoding=coding)).status_code == 400
