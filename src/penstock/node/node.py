@@ -25,7 +25,6 @@ from penstock.model import keys
 from penstock.model.drain import DrainOrder, DrainReport, Fate, Outcome
 from penstock.model.node import NodeSpec, NodeStatus
 from penstock.model.sandbox import Phase, SandboxSpec, SandboxStatus
-from penstock.model.snapshot import Snapshot
 from penstock.model.template import Build
 from penstock.node.adopt import adopt
 from penstock.node.chronicle import Chronicle
@@ -33,6 +32,7 @@ from penstock.node.create import pooled_limits
 from penstock.node.drain import Drain
 from penstock.node.expiry import Expiry
 from penstock.node.facts import Machine, NodeStatistics, statistics
+from penstock.node.images import Images
 from penstock.node.life import Explained
 from penstock.node.means import Means, NodeSettings
 from penstock.node.ports import Disk, Ports, Slot
@@ -88,9 +88,9 @@ class Node:
         self._builds: View[Build] = View(source, keys.BUILD, _decode_build)
         self._specs: View[SandboxSpec] = View(source, keys.SANDBOX_SPEC, _decode_spec)
         self._node_specs: View[NodeSpec] = View(source, keys.NODE_SPEC, _decode_node_spec)
-        self._snapshots: View[Snapshot] = View(source, keys.SNAPSHOT, _decode_snapshot)
         self._reporter = Reporter(reports, crew=self._crew, rng=rng)
         self._sweeper = Sweeper(ports, step_within_s=settings.step_within_s)
+        self._images = Images(source, ports.disks, self._reporter, lambda: self._sync.supervisors.values())
         self._expiry = Expiry(clock, self._on_due)
         self._tally = Tally()
         self._chronicle = Chronicle(self._reporter, clock, settings.id)
@@ -98,7 +98,6 @@ class Node:
         self._failed: BaseException | None = None
         self._failure = asyncio.Event()
         self._started_at = 0.0
-        self._knows_snapshots = False  # until then every image may be one's
         self._told: NodeStatus | None = None
         self._drain_report: DrainReport | None = None
         self.leaks: tuple[Leak, ...] = ()
@@ -137,9 +136,7 @@ class Node:
         self._means.slots.open()
         self._means.disks.open()
         await self._builds.start(self._crew)
-        self._snapshots.subscribe(self._on_snapshot)
-        await self._snapshots.start(self._crew)
-        self._knows_snapshots = True
+        await self._images.follow(self._crew)
         await self._follow_drains()  # before the first assignment: a draining node takes none
         self._specs.subscribe(self._sync.on_spec)
         await self._specs.start(self._crew)
@@ -289,25 +286,9 @@ class Node:
             await asyncio.sleep(self.settings.sweep_every_s)
             await self._sweep()
 
-    def _on_snapshot(self, snapshot: str, found: Snapshot | None) -> None:
-        if found is None:
-            self._reporter.kept.discard(snapshot)
-            self.ports.disks.remove_image(snapshot)
-
-    def _sweep_images(self) -> None:
-        """Images that no snapshot in the store names and nobody here is about to name."""
-        if not self._knows_snapshots or self._sync.pinned:
-            return
-        named = {*self._snapshots.ids(), *self._reporter.kept}
-        for one in self._sync.supervisors.values():
-            named.add(str(one.undo.keep))
-            if one.spec is not None and one.spec.checkpoint is not None:
-                named.add(one.spec.checkpoint.id)
-        for image in self.ports.disks.list_images() - named:
-            self.ports.disks.remove_image(image)
-
     async def _sweep(self) -> None:
-        self._sweep_images()
+        if not self._sync.pinned:  # a record that cannot be read may announce an image
+            self._images.sweep()
         found = await self._sweeper.sweep()
         self.leaks = tuple(leak for leak in found if leak.kind != "record" or not self._owned(leak.name))
 
@@ -405,6 +386,5 @@ _decode_spec: Final = msgspec.json.Decoder(SandboxSpec).decode
 _decode_status: Final = msgspec.json.Decoder(SandboxStatus).decode
 _decode_node_spec: Final = msgspec.json.Decoder(NodeSpec).decode
 _decode_node_status: Final = msgspec.json.Decoder(NodeStatus).decode
-_decode_snapshot: Final = msgspec.json.Decoder(Snapshot).decode
 _decode_outcome: Final = msgspec.json.Decoder(Outcome).decode
 _decode_build: Final = msgspec.json.Decoder(Build).decode
