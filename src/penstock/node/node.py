@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from enum import StrEnum
 from typing import Final
 
@@ -39,6 +39,7 @@ from penstock.node.ports import Disk, Ports, Slot
 from penstock.node.reap import DISK_RECORD, SLOT_RECORD, Leak, Sweeper
 from penstock.node.report import Reporter
 from penstock.node.slots import Pool
+from penstock.node.supervisor import Supervisor
 from penstock.node.sync import Sync
 from penstock.node.tally import Tally
 
@@ -90,7 +91,7 @@ class Node:
         self._node_specs: View[NodeSpec] = View(source, keys.NODE_SPEC, _decode_node_spec)
         self._reporter = Reporter(reports, crew=self._crew, rng=rng)
         self._sweeper = Sweeper(ports, step_within_s=settings.step_within_s)
-        self._images = Images(source, ports.disks, self._reporter, lambda: self._sync.supervisors.values())
+        self._images = Images(source, ports.disks, self._reporter, self._supervised)
         self._expiry = Expiry(clock, self._on_due)
         self._tally = Tally()
         self._chronicle = Chronicle(self._reporter, clock, settings.id)
@@ -291,6 +292,9 @@ class Node:
             self._images.sweep()
         found = await self._sweeper.sweep()
         self.leaks = tuple(leak for leak in found if leak.kind != "record" or not self._owned(leak.name))
+
+    def _supervised(self) -> Iterable[Supervisor]:
+        return self._sync.supervisors.values()
 
     def _owned(self, record: str) -> bool:
         """Somebody here is at work on it: between its record and its objects is where everything begins and ends."""
