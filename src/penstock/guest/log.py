@@ -19,6 +19,7 @@ BURST_BYTES: Final = 256 * 1024
 BYTES_PER_S: Final = 2048
 TOTAL_BYTES_MAX: Final = 32 * 1024 * 1024  # of one sandbox's life
 TRACE_FRAMES_MAX: Final = 8
+_JSON: Final = json.JSONEncoder(default=str)
 
 
 class Log:
@@ -41,7 +42,7 @@ class Log:
         line |= {name: _cut(value) for name, value in facts.items()}
         if self._dropped:
             line["dropped_before"] = self._dropped
-        data = json.dumps(line, default=str).encode("utf-8", "replace") + b"\n"
+        data = _JSON.encode(line).encode("utf-8", "replace") + b"\n"
         if len(data) > LINE_BYTES_MAX:
             kept = {name: line[name] for name in ("ts", "level", "event")} | {"cut_bytes": len(data)}
             data = json.dumps(kept).encode() + b"\n"

@@ -25,6 +25,7 @@ class ForkedLoop(asyncio.SelectorEventLoop):
     """Holds no descriptor until `open`, which is called once, in the process that runs it."""
 
     def __init__(self) -> None:
+        self._on_signal: dict[int, Callable[[], object]] = {}
         self._polled = EpollSelector()
         self._polled.open()
         super().__init__(self._polled)
@@ -37,16 +38,31 @@ class ForkedLoop(asyncio.SelectorEventLoop):
         self._make_self_pipe()  # type: ignore[attr-defined]
 
     def on_signal(self, number: int, callback: Callable[[], object]) -> None:
-        """As `add_signal_handler`, which first asks for the set of all signals, at 65 look-ups that mostly raise."""
+        """Call `callback` in the loop whenever signal `number` has come; several may be told as one. From the main
+        thread. `add_signal_handler` first asks for the set of all signals, at 65 look-ups that mostly raise, and later
+        wakes the loop a second time for each signal.
+        """
         signal.set_wakeup_fd(self._csock.fileno())  # type: ignore[attr-defined]
-        self._signal_handlers[number] = asyncio.Handle(callback, (), self)  # type: ignore[attr-defined]
+        self._on_signal[number] = callback
         signal.signal(number, _noted_by_wakeup)
         signal.siginterrupt(number, False)  # system calls go on by themselves
 
     def close(self) -> None:
         if not self.is_closed() and not self._polled.is_open:
             self.open()  # asyncio closes only what is whole
+        if self._on_signal:
+            for number in self._on_signal:
+                signal.signal(number, signal.SIG_DFL)
+            signal.set_wakeup_fd(-1)
+            self._on_signal.clear()
         super().close()
+
+    def _process_self_data(self, data: bytes) -> None:
+        """By asyncio, with what came through the self-pipe: signal numbers, and zeroes that only wake."""
+        for number in data:
+            callback = self._on_signal.get(number)
+            if callback is not None:
+                self.call_soon(callback)
 
 
 class EpollSelector(selectors.BaseSelector):
