@@ -92,7 +92,7 @@ class Bench:
     def burst(self) -> list[Figure]:
         """AT_ONCE creates at once: a raw connection each, every request sent before any reply is read.
 
-        One thread and a selector: the client's share of the machine's CPU is 0.5 ms a create (a thread each: 1.3).
+        One thread and a selector: the client's share of the machine's CPU is 0.5 ms a create.
         """
         time.sleep(BURST_REST_S)
         lines = [Api(self.home.env) for _ in range(AT_ONCE)]
