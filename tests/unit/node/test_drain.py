@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 
 import msgspec
+import pytest
 
+from penstock.core.gate import GateClosed
 from penstock.model import keys
 from penstock.model.drain import DrainOrder, DrainReport, DrainStage, Fate, Outcome
 from penstock.model.node import NodeSpec, NodeStatus, drain, undrain
-from penstock.model.sandbox import KillReason, Phase
+from penstock.model.sandbox import EgressRules, KillReason, Phase
 from penstock.node.node import Closing
 from penstock.sim.guests import Manner
 from tests.unit.node.plant import NODE, SETTINGS, Plant, play
@@ -394,3 +396,86 @@ def test_a_release_that_fails_once_is_no_quarantine() -> None:
         assert Phase.QUARANTINED not in seen
 
     play(script)
+
+
+def test_a_new_build_and_new_starts_are_refused_while_builds_are_waited_for() -> None:
+    """The gate closes first, for every producer of work, not after the builds have ended."""
+
+    async def script(plant: Plant) -> None:
+        operator = Operator(plant)
+        build = plant.node.gate.hold("build", "b1")
+        await operator.drain()
+        await asyncio.sleep(0.1)
+        with pytest.raises(GateClosed, match="drains"):
+            plant.node.gate.hold("build", "b2")
+        late = await plant.create("late")
+        await plant.reach(late, Phase.PENDING)
+        assert operator.report().stage is DrainStage.BUILDS
+        build.release()
+        await operator.ended(60.0)
+
+    play(script)
+
+
+def test_changes_pauses_and_kills_are_taken_while_it_drains() -> None:
+    async def script(plant: Plant) -> None:
+        operator = Operator(plant)
+        changed, paused, killed = await plant.ready("changed"), await plant.ready("paused"), await plant.ready("killed")
+        await operator.drain()
+        await plant.reach(killed, Phase.DRAINING)
+        rules = EgressRules(internet=False)
+        revision = await plant.change(changed, egress=rules)
+        await plant.change(paused, frozen=True)
+        await plant.stop(killed)
+        await plant.ended(killed)
+        await plant.reach(paused, Phase.PAUSED)
+        await asyncio.sleep(0.5)
+        status = plant.statuses.get(changed)
+        assert status is not None
+        assert status.spec_revision >= revision
+        assert plant.kernel.slots[status.slot] == rules
+
+    play(script)
+
+
+def test_force_errors_are_kept_in_order_and_told_once_each() -> None:
+    async def script(plant: Plant) -> None:
+        operator = Operator(plant)
+        stuck = [await plant.ready(name) for name in ("a", "b", "c")]
+        fine = await plant.ready("fine")
+        for sandbox in stuck:
+            plant.faults.stuck.add(f"cgroup remove sb-{sandbox}")
+        await operator.drain(force=1)
+        while (record := plant.store.get(keys.NODE_STATUS + NODE)) is None or operator_forced(record.value) < 1:  # noqa: ASYNC110
+            await asyncio.sleep(0.1)
+        errors = operator.report().force_errors
+        assert [error.split(":")[0] for error in errors] == stuck
+        assert operator.fates()[fine] is Fate.FORCE
+        plant.faults.stuck.clear()
+
+    play(script)
+
+
+def test_a_sandbox_is_known_until_its_last_resource_is_released() -> None:
+    async def script(plant: Plant) -> None:
+        operator = Operator(plant)
+        sandbox = await plant.ready()
+        slot = plant.statuses.get(sandbox)
+        assert slot is not None
+        plant.faults.stuck.add(f"slot destroy {slot.slot}")
+        await operator.drain(force=1)
+        await plant.reach(sandbox, Phase.QUARANTINED)
+        explained = plant.node.explain(sandbox)
+        assert explained is not None
+        assert explained.holds, "and what it still holds is said"
+        assert sandbox in plant.kernel.records
+        plant.faults.stuck.clear()
+        await plant.ended(sandbox, within_s=60.0)
+        assert plant.node.explain(sandbox) is None
+
+    play(script)
+
+
+def operator_forced(value: bytes) -> int:
+    report = msgspec.json.decode(value, type=NodeStatus).drain
+    return 0 if report is None else report.forced_number

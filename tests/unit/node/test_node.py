@@ -112,6 +112,33 @@ def test_forcing_ends_everything_now_starts_included() -> None:
     play(script, msgspec.structs.replace(SETTINGS, starts_running_max=1))
 
 
+def test_every_part_is_left_whatever_another_one_raises() -> None:
+    """An error in one closer must not leave another one's client, process or pool behind."""
+
+    async def script(plant: Plant) -> None:
+        await plant.ready()
+        closed: list[str] = []
+
+        async def fails(within_s: float) -> None:
+            closed.append("reports")
+            raise OSError(5, "Input/output error")
+
+        async def launcher() -> None:
+            closed.append("launcher")
+            raise RuntimeError("no answer")
+
+        plant.node._reporter.flush = fails  # type: ignore[method-assign]
+        plant.node.ports.launcher.close = launcher  # type: ignore[method-assign]
+        with pytest.raises(ExceptionGroup) as raised:
+            await plant.node.close(Closing.FORCE)
+        assert [str(error) for error in raised.value.exceptions] == ["[Errno 5] Input/output error", "no answer"]
+        assert closed == ["reports", "launcher"]
+        assert not plant.kernel.slots
+        assert not plant.kernel.disks
+
+    play(script)
+
+
 def test_after_closing_new_specs_are_left_alone() -> None:
     async def script(plant: Plant) -> None:
         plant.nursery.manner = Manner.STUBBORN
