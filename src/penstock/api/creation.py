@@ -6,14 +6,15 @@ there is no moment in which one exists without the other.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import re
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 
-from penstock.api import egress
+from penstock.api import egress, snapshots
 from penstock.api.chronicle import line
 from penstock.api.front import Caller, Front
 from penstock.api.shapes import NewSandbox
@@ -27,11 +28,13 @@ from penstock.model.sandbox import (
     TIMEOUT_S_DEFAULT,
     KillReason,
     Limits,
+    OnTimeout,
     Phase,
     SandboxSpec,
     SandboxStatus,
     StopOrder,
 )
+from penstock.model.snapshot import Snapshot
 from penstock.model.team import TeamLimits
 from penstock.model.template import Template
 from penstock.store.errors import AlreadyExists, RevisionConflict
@@ -42,7 +45,12 @@ _IDEMPOTENCY_KEY: Final = re.compile(r"[A-Za-z0-9-]{1,255}")
 _MASK: Final = re.compile(r"[\x21-\x7e]{1,255}")
 _ALIASES_OF_BASE: Final = frozenset({"e2bdev/base"})
 
+
+RACES_MAX: Final = 8
+RACE_S: Final = 0.001  # doubles; a quarter of a second in all
+
 Tell = Callable[[SandboxSpec, SandboxSpec], LoggedEvent]
+Edit = Callable[[SandboxSpec], SandboxSpec]
 
 
 async def create(front: Front, caller: Caller, asked: NewSandbox, *, idempotency_key: str | None) -> SandboxSpec:
@@ -102,10 +110,28 @@ def resolve_template(front: Front, name: str) -> Template:
     return found
 
 
+def find_template(front: Front, name: str) -> Template | None:
+    """`resolve_template`, but None when there is none of that name or tag."""
+    try:
+        return resolve_template(front, name)
+    except NotFound:
+        return None
+
+
+def _source(front: Front, caller: Caller, name: str) -> Template | Snapshot:
+    """What it starts from. Raises NotFound."""
+    template = find_template(front, name)
+    if template is not None:
+        return template
+    return snapshots.find(front, caller.team, name) or resolve_template(front, name)
+
+
 def _spec(front: Front, caller: Caller, asked: NewSandbox) -> SandboxSpec:
     _refuse_unbuilt(asked)
-    template = resolve_template(front, asked.templateID)
+    source = _source(front, caller, asked.templateID)
+    snapshot = source if isinstance(source, Snapshot) else None
     limits = front.limits_of(caller.team)
+    seconds = timeout_s(asked.timeout, limits)
     now = front.clock.wall()
     network = asked.network
     # The v1 endpoint sends `secure: false` for an open guest; without the field a sandbox is always secured.
@@ -119,15 +145,19 @@ def _spec(front: Front, caller: Caller, asked: NewSandbox) -> SandboxSpec:
         id=mint_sandbox_id(front.rng),
         team=caller.team,
         template=asked.templateID,
-        build=template.build,
-        limits=Limits(),
+        build=source.spec.build if isinstance(source, Snapshot) else source.build,
+        limits=snapshot.spec.limits if snapshot is not None else Limits(),
         created_at=now,
-        end_at=now + timeout_s(asked.timeout, limits),
+        end_at=now + seconds,
+        timeout_s=seconds,
+        on_timeout=_on_timeout(asked),
+        auto_resume=asked.autoResume is not None and asked.autoResume.enabled,
+        snapshot=snapshot.id if snapshot is not None else None,
         secure=secure,
         traffic_private=private,
         mask_request_host=_mask(network.maskRequestHost if network else None),
         metadata=asked.metadata,
-        env=_environment(asked.envVars),
+        env={**(snapshot.spec.env if snapshot is not None else {}), **_environment(asked.envVars)},
         egress=egress.read(
             network.allowOut if network else None,
             network.denyOut if network else None,
@@ -143,11 +173,15 @@ def _refuse_unbuilt(asked: NewSandbox) -> None:
         raise Invalid("autoPauseMemory", "needs autoPause")
     if not asked.autoPauseMemory and asked.autoResume is not None and asked.autoResume.enabled:
         raise Invalid("autoPauseMemory", "a file-system-only pause cannot be resumed by traffic")
-    for field in ("autoPause", "mcp", "iam", "volumeMounts"):
+    for field in ("mcp", "iam", "volumeMounts"):
         if getattr(asked, field):
             raise Unsupported(f"{field} is not built yet", now="leave the field out")
-    if asked.autoResume is not None and asked.autoResume.enabled:
-        raise Unsupported("autoResume is not built yet", now="leave the field out")
+
+
+def _on_timeout(asked: NewSandbox) -> OnTimeout:
+    if not asked.autoPause:
+        return OnTimeout.KILL
+    return OnTimeout.PAUSE if asked.autoPauseMemory else OnTimeout.PARK
 
 
 def _environment(given: dict[str, str]) -> dict[str, str]:
@@ -209,7 +243,7 @@ def _created(caller: Caller, spec: SandboxSpec) -> LoggedEvent:
         actor=caller.name,
         because=f"from template {spec.template}",
         deadline=spec.end_at,
-        facts={"build": spec.build},
+        facts={"build": spec.build} | ({"snapshot": spec.snapshot} if spec.snapshot is not None else {}),
         team=spec.team,
     )
 
@@ -273,16 +307,17 @@ def _stopped(front: Front, spec: SandboxSpec, reason: KillReason, by: str) -> Sa
     return msgspec.structs.replace(spec, stop=StopOrder(reason=reason, by=by, at=front.clock.wall()))
 
 
-async def change(front: Front, sandbox: SandboxId, edit: Any, *, tell: Tell) -> int | None:
+async def change(front: Front, sandbox: SandboxId, edit: Edit, *, tell: Tell) -> int | None:
     """Apply `edit(spec) -> spec` under compare-and-swap. Returns the revision, None when the sandbox is gone.
 
     `tell(before, after)` is the change as a line of the event log, written in the same commit.
 
     One at a time per sandbox, so that callers never lose to each other, however many they are. Against others it is
-    bounded: eight lost races in a row raise Conflict; each loss means that somebody else made progress.
+    bounded: eight lost races in a row raise Conflict; each loss means that somebody else made progress. A race is lost
+    before what won it can be read: so there is a pause after each.
     """
     async with front.turns.of(keys.SANDBOX_SPEC + sandbox):
-        for _ in range(8):
+        for lost in range(RACES_MAX):
             record = front.store.get(keys.SANDBOX_SPEC + sandbox)
             if record is None:
                 return None
@@ -294,5 +329,5 @@ async def change(front: Front, sandbox: SandboxId, edit: Any, *, tell: Tell) -> 
                 changed = Put(record.key, msgspec.json.encode(after), labels=None, expect=record.mod_revision)
                 return await front.store.commit([changed, line(front, tell(before, after))], by="api")
             except RevisionConflict:
-                continue
+                await asyncio.sleep(RACE_S * 2**lost)
     raise Conflict("the sandbox is being changed by others", which=sandbox, now="try again")

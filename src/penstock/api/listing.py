@@ -10,12 +10,11 @@ from typing import Final
 from urllib.parse import parse_qsl, unquote
 
 from penstock.api.front import Front
+from penstock.api.standing import Standing
 from penstock.model.errors import Invalid
 from penstock.model.ids import TeamId
-from penstock.model.sandbox import Phase, SandboxSpec, SandboxStatus
 
 PAGE_MAX: Final = 100
-Row = tuple[SandboxSpec, SandboxStatus]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +52,7 @@ def read(
         started_after=_instant(started_after) if started_after else None,
         template=template,
         limit=limit or PAGE_MAX,
-        after=_cursor(next_token) if next_token else None,
+        after=read_cursor(next_token) if next_token else None,
     )
 
 
@@ -67,59 +66,47 @@ def parse_metadata(text: str | None) -> dict[str, str]:
     return {unquote(key): unquote(value) for key, value in pairs}
 
 
-def select(front: Front, team: TeamId, query: Query) -> tuple[list[Row], str | None, int]:
+def select(front: Front, team: TeamId, query: Query) -> tuple[list[Standing], str | None, int]:
     """(rows of this page, token of the next page or None, count of running sandboxes after the filters)."""
-    rows = [row for row in _rows(front, team) if _matches(row, query)]
-    running = sum(1 for _, status in rows if status.phase is not Phase.PAUSED)
-    rows.sort(key=lambda row: (-started_at(row), row[0].id))
+    rows = [row for row in front.roster.standings(team, front.clock.wall()) if _matches(row, query)]
+    running = sum(1 for row in rows if not row.paused)
+    rows.sort(key=lambda row: (-row.started_at, row.spec.id))
     if query.ascending:
         rows.reverse()
     if query.after is not None:
         rows = rows[_position(rows, query) :]
     page = rows[: query.limit]
-    token = None
-    if len(rows) > query.limit:
-        text = f"{started_at(page[-1])!r}__{page[-1][0].id}"
-        token = base64.urlsafe_b64encode(text.encode()).decode().rstrip("=")
+    token = cursor(page[-1].started_at, page[-1].spec.id) if len(rows) > query.limit else None
     return page, token, running
 
 
-def started_at(row: Row) -> float:
-    """Wall seconds, rounded to the microsecond that callers see, so that `startedAfter` may name it exactly."""
-    return round(row[1].started_at or row[0].created_at, 6)
+def cursor(at: float, id: str) -> str:
+    """The token of the page that begins after the row of that time and id."""
+    return base64.urlsafe_b64encode(f"{at!r}__{id}".encode()).decode().rstrip("=")
 
 
-def _rows(front: Front, team: TeamId) -> list[Row]:
-    rows = []
-    for spec in front.roster.live(team):
-        status = front.roster.statuses.get(spec.id)
-        if status is not None and status.phase not in (Phase.BOUND, Phase.CREATING, Phase.STARTING):
-            rows.append((spec, status))
-    return rows
-
-
-def _matches(row: Row, query: Query) -> bool:
-    spec, status = row
-    if ("paused" if status.phase is Phase.PAUSED else "running") not in query.states:
+def _matches(row: Standing, query: Query) -> bool:
+    spec = row.spec
+    if ("paused" if row.paused else "running") not in query.states:
         return False
     if query.template is not None and query.template not in (spec.template, spec.build):
         return False
-    if query.started_after is not None and started_at(row) < query.started_after:
+    if query.started_after is not None and row.started_at < query.started_after:
         return False
     return all(spec.metadata.get(key) == value for key, value in query.metadata.items())
 
 
-def _position(rows: list[Row], query: Query) -> int:
+def _position(rows: list[Standing], query: Query) -> int:
     """Index of the first row after the cursor. The cursor's own row may have ended meanwhile."""
     assert query.after is not None
     at, id_ = query.after
     sign = 1 if query.ascending else -1
 
-    def passed(row: Row) -> bool:
-        start = started_at(row)
+    def passed(row: Standing) -> bool:
+        start = row.started_at
         if start != at:
             return sign * (start - at) > 0
-        return row[0].id < id_ if query.ascending else row[0].id > id_
+        return row.spec.id < id_ if query.ascending else row.spec.id > id_
 
     return next((index for index, row in enumerate(rows) if passed(row)), len(rows))
 
@@ -143,7 +130,8 @@ def _instant(text: str) -> float:
     return moment.timestamp()
 
 
-def _cursor(token: str) -> tuple[float, str]:
+def read_cursor(token: str) -> tuple[float, str]:
+    """Raises Invalid."""
     try:
         text = base64.urlsafe_b64decode(token + "=" * (-len(token) % 4)).decode()
         at, _, id_ = text.partition("__")

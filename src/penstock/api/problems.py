@@ -33,6 +33,7 @@ STATUS: Final[dict[Kind, int]] = {
     Kind.UNAVAILABLE: 503,
     Kind.DEADLINE: 504,
 }
+_TOLD_BY_STATUS: Final = frozenset({"invalid", "not_found", "unauthenticated"})
 
 
 def problem(status: int, message: str, *, code: str = "", headers: dict[str, str] | None = None) -> Response:
@@ -73,7 +74,7 @@ def respond(error: PenstockError, reference: str) -> Response:
     if status in (429, 501, 504):
         # Without it the SDK repeats 429, 502, 503 and 504 three times (e2b-sdk 2): a limit would cost four calls.
         headers["Should-Retry"] = "false"
-    code = "" if error.kind in (Kind.INVALID, Kind.NOT_FOUND, Kind.UNAUTHENTICATED) else error.code
+    code = "" if error.code in _TOLD_BY_STATUS else error.code
     return problem(status, said(error, reference), code=code, headers=headers)
 
 

@@ -8,12 +8,13 @@ import msgspec
 from fastapi import APIRouter, Body, Header, Path, Query, Response
 from fastapi.responses import JSONResponse
 
-from penstock.api import creation, egress, listing, shapes
+from penstock.api import creation, egress, listing, pausing, shapes
 from penstock.api.front import Caller, CallerDep, Front, FrontDep
-from penstock.model.errors import Conflict, Invalid, NotFound, Unsupported
+from penstock.api.standing import State
+from penstock.model.errors import Conflict, Invalid, NotFound
 from penstock.model.event import LoggedEvent
 from penstock.model.ids import SANDBOX_ID_PATTERN, SandboxId
-from penstock.model.sandbox import TERMINAL, KillReason, Phase, SandboxSpec, SandboxStatus
+from penstock.model.sandbox import TERMINAL, Phase, SandboxSpec, SandboxStatus
 
 router = APIRouter(tags=["sandboxes"])
 
@@ -51,7 +52,7 @@ async def list_running(front: FrontDep, caller: CallerDep, metadata: str | None 
     rows: list[dict[str, Any]] = []
     while True:
         page, token, _ = listing.select(front, caller.team, query)
-        rows += [shapes.listed(*row) for row in page]
+        rows += [shapes.listed(row) for row in page]
         if token is None:
             return JSONResponse(rows)
         query = listing.read(metadata=metadata, state=["running"], next_token=token)
@@ -82,23 +83,27 @@ async def list_all(
     headers = {"X-Next-Token": token} if token else {}
     if "running" in query.states:
         headers["X-Total-Running"] = str(running)
-    return JSONResponse([shapes.listed(*row) for row in page], headers=headers)
+    return JSONResponse([shapes.listed(row) for row in page], headers=headers)
 
 
 @router.get("/sandboxes/{id}")
 async def get(front: FrontDep, caller: CallerDep, id: str) -> Response:
-    spec = front.roster.require(caller.team, sandbox_id(id))
-    return JSONResponse(shapes.detail(front, spec, front.roster.statuses.get(spec.id)))
+    found = front.roster.stand(caller.team, sandbox_id(id), front.clock.wall())
+    return JSONResponse(shapes.detail(front, found))
 
 
 @router.delete("/sandboxes/{id}", status_code=204)
 async def kill(front: FrontDep, caller: CallerDep, id: str) -> Response:
-    """Answers when the sandbox is verified gone; 404 when it had ended already."""
-    spec = front.roster.require(caller.team, sandbox_id(id))
-    await creation.order_stop(front, spec.id, KillReason.REQUEST, by=caller.name)
-    await front.roster.statuses.wait_for(
-        spec.id, lambda status: status is None or status.phase in _GONE, within_s=KILLED_WITHIN_S
-    )
+    """Answers when the sandbox is verified gone, and what it was paused as; 404 when it had ended already."""
+    sandbox = front.roster.stand(caller.team, sandbox_id(id), front.clock.wall()).spec.id
+    await pausing.forget(front, pausing.Asking(team=caller.team, sandbox=sandbox, actor=caller.name))
+
+    def gone() -> bool | None:
+        status = front.roster.statuses.get(sandbox)
+        ended = status is None or status.phase in _GONE
+        return (ended and not front.roster.paused_as(sandbox)) or None
+
+    await front.roster.wait(sandbox, gone, KILLED_WITHIN_S)
     return Response(status_code=204)
 
 
@@ -107,18 +112,37 @@ async def kill(front: FrontDep, caller: CallerDep, id: str) -> Response:
 async def connect(
     front: FrontDep, caller: CallerDep, id: str, asked: Annotated[shapes.ConnectSandbox | None, Body()] = None
 ) -> Response:
-    """200 and a later end for a running sandbox; its end never comes nearer by connecting."""
-    spec = front.roster.require(caller.team, sandbox_id(id))
-    seconds = creation.timeout_s(asked.timeout if asked else None, front.limits_of(caller.team), least=0)
-    await _extend(front, caller, spec, seconds)
-    spec = front.roster.require(caller.team, spec.id)
-    return JSONResponse(shapes.sandbox(front, spec), status_code=200)
+    """200 and a later end for a running sandbox, which never comes nearer by this; 201 for one that was paused."""
+    spec, was_paused = await _wake(front, caller, id, asked)
+    return JSONResponse(shapes.sandbox(front, spec), status_code=201 if was_paused else 200)
+
+
+@router.post("/sandboxes/{id}/resume", status_code=201)
+async def resume(
+    front: FrontDep, caller: CallerDep, id: str, asked: Annotated[shapes.ConnectSandbox | None, Body()] = None
+) -> Response:
+    """`connect`, but for a paused sandbox only."""
+    if front.roster.stand(caller.team, sandbox_id(id), front.clock.wall()).state is State.RUNNING:
+        raise Conflict("the sandbox is running", now="connect to it")
+    spec, _ = await _wake(front, caller, id, asked)
+    return JSONResponse(shapes.sandbox(front, spec), status_code=201)
+
+
+@router.post("/sandboxes/{id}/pause", status_code=204)
+async def pause(
+    front: FrontDep, caller: CallerDep, id: str, asked: Annotated[shapes.PauseSandbox | None, Body()] = None
+) -> Response:
+    """Answers when it is paused; 409 when it was already."""
+    asking = pausing.Asking(team=caller.team, sandbox=sandbox_id(id), actor=caller.name)
+    asked = asked or shapes.PauseSandbox()
+    await pausing.pause(front, asking, memory=asked.memory, healthy=asked.requireHealthyGuest)
+    return Response(status_code=204)
 
 
 @router.post("/sandboxes/{id}/timeout", status_code=204)
 async def set_timeout(front: FrontDep, caller: CallerDep, id: str, asked: shapes.SetTimeout) -> Response:
     """The end is now + timeout, sooner or later than before. A negative timeout counts as 0 (e2b 2.3)."""
-    spec = front.roster.require(caller.team, sandbox_id(id))
+    spec = _running(front, caller, id)
     seconds = creation.timeout_s(max(0, asked.timeout), front.limits_of(caller.team), least=0)
     end_at = front.clock.wall() + seconds
     await _require_changed(
@@ -131,7 +155,7 @@ async def set_timeout(front: FrontDep, caller: CallerDep, id: str, asked: shapes
 async def refresh(
     front: FrontDep, caller: CallerDep, id: str, asked: Annotated[shapes.Refresh | None, Body()] = None
 ) -> Response:
-    spec = front.roster.require(caller.team, sandbox_id(id))
+    spec = _running(front, caller, id)
     duration = asked.duration if asked is not None and asked.duration is not None else REFRESH_S_DEFAULT
     await _extend(front, caller, spec, float(max(REFRESH_S_DEFAULT, duration)))
     return Response(status_code=204)
@@ -140,7 +164,7 @@ async def refresh(
 @router.put("/sandboxes/{id}/network", status_code=204)
 async def update_network(front: FrontDep, caller: CallerDep, id: str, asked: shapes.NetworkUpdate) -> Response:
     """Replaces the egress rules whole; answers when the node enforces them."""
-    spec = front.roster.require(caller.team, sandbox_id(id))
+    spec = _running(front, caller, id)
     rules = egress.read(
         asked.allowOut,
         asked.denyOut,
@@ -161,16 +185,15 @@ async def update_network(front: FrontDep, caller: CallerDep, id: str, asked: sha
     return Response(status_code=204)
 
 
-@router.post("/sandboxes/{id}/pause")
-async def pause(front: FrontDep, caller: CallerDep, id: str) -> Response:
-    front.roster.require(caller.team, sandbox_id(id))
-    raise Unsupported("pausing a sandbox is not built yet", now="keep it running: raise its timeout")
+async def _wake(front: Front, caller: Caller, id: str, asked: shapes.ConnectSandbox | None) -> tuple[SandboxSpec, bool]:
+    asking = pausing.Asking(team=caller.team, sandbox=sandbox_id(id), actor=caller.name)
+    seconds = creation.timeout_s(asked.timeout if asked else None, front.limits_of(caller.team), least=0)
+    return await pausing.wake(front, asking, seconds=seconds, reboot=asked is not None and asked.memory is False)
 
 
-@router.post("/sandboxes/{id}/resume", status_code=201)
-async def resume(front: FrontDep, caller: CallerDep, id: str) -> Response:
-    front.roster.require(caller.team, sandbox_id(id))
-    raise Conflict("the sandbox is running")
+def _running(front: Front, caller: Caller, id: str) -> SandboxSpec:
+    """Raises NotFound; Conflict when it is paused."""
+    return front.roster.require_running(caller.team, sandbox_id(id), front.clock.wall())
 
 
 async def _extend(front: Front, caller: Caller, spec: SandboxSpec, seconds: float) -> None:

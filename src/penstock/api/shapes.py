@@ -12,7 +12,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool
 
 from penstock.api import problems
 from penstock.api.front import CLIENT_ID, ENVD_VERSION, Front
-from penstock.model.sandbox import EgressRules, Phase, SandboxSpec, SandboxStatus
+from penstock.api.standing import Standing, State
+from penstock.model.sandbox import EgressRules, OnTimeout, SandboxSpec
+from penstock.model.snapshot import Snapshot
 from penstock.model.units import MIB
 from penstock.wire import tokens
 
@@ -29,6 +31,7 @@ def _no_nul(value: Any) -> Any:
 
 ShortText = Annotated[str, Field(max_length=512)]
 Texts = Annotated[dict[ShortText, Annotated[str, Field(max_length=32_768)]], BeforeValidator(_none_is_empty)]
+_PAUSE_MODES = {State.PAUSED: "full", State.PARKED: "filesystem"}  # once the pause is done
 EnvVars = Annotated[Texts, BeforeValidator(_no_nul)]
 
 
@@ -76,7 +79,21 @@ class NewSandbox(Body):
 
 
 class ConnectSandbox(Body):
+    """Also that of the older /resume."""
+
     timeout: Annotated[int, Field(strict=True)] | None = None
+    memory: StrictBool | None = None
+
+
+class PauseSandbox(Body):
+    """`requireHealthyGuest`: rather fail than pause one whose guest does not answer."""
+
+    memory: StrictBool = True
+    requireHealthyGuest: StrictBool = False
+
+
+class NewSnapshot(Body):
+    name: Annotated[str, Field(min_length=1, max_length=128)] | None = None
     memory: StrictBool | None = None
 
 
@@ -113,40 +130,76 @@ def sandbox(front: Front, spec: SandboxSpec) -> dict[str, Any]:
     return body
 
 
-def listed(spec: SandboxSpec, status: SandboxStatus | None) -> dict[str, Any]:
+def listed(standing: Standing) -> dict[str, Any]:
     """One row of a list."""
-    paused = status is not None and status.phase is Phase.PAUSED
-    started = status.started_at if status is not None and status.started_at else spec.created_at
-    return {
+    spec = standing.spec
+    body: dict[str, Any] = {
         "templateID": spec.template,
         "sandboxID": spec.id,
         "clientID": CLIENT_ID,
         "alias": spec.template,
-        "startedAt": rfc3339(started),
-        "endAt": rfc3339(spec.end_at),
+        "startedAt": rfc3339(standing.started_at),
+        "endAt": rfc3339(standing.end_at),
         "envdVersion": ENVD_VERSION,
         "cpuCount": max(1, spec.limits.cpu_milli // 1000),
         "memoryMB": spec.limits.memory_bytes_max // MIB,
         "diskSizeMB": spec.limits.disk_bytes_max // MIB,
         "metadata": spec.metadata,
-        "state": "paused" if paused else "running",
+        "state": "paused" if standing.paused else "running",
         "isolation": spec.isolation.value,
     }
+    if standing.state in _PAUSE_MODES:
+        body["pauseMode"] = _PAUSE_MODES[standing.state]
+    return body
 
 
-def detail(front: Front, spec: SandboxSpec, status: SandboxStatus | None) -> dict[str, Any]:
-    """The answer of GET /sandboxes/{id}. `phase` and `because` are ours; SDKs ignore what they do not know."""
-    body = listed(spec, status)
+def detail(front: Front, standing: Standing) -> dict[str, Any]:
+    """The answer of GET /sandboxes/{id}.
+
+    `phase`, `because`, `capabilities` and `durableUpTo` are ours; SDKs ignore what they do not know.
+    """
+    spec, status, snapshot = standing.spec, standing.status, standing.snapshot
+    body = listed(standing)
     body["domain"] = front.domain
-    body["lifecycle"] = {"autoResume": False, "onTimeout": "kill"}
+    body["lifecycle"] = {
+        "autoResume": spec.auto_resume,
+        "onTimeout": "kill" if spec.on_timeout is OnTimeout.KILL else "pause",
+    }
     body["allowInternetAccess"] = spec.egress.internet
     body["network"] = network(spec)
     if spec.secure:
         body["envdAccessToken"] = tokens.access_token(front.seed, spec.id)
+    durable_up_to = 0.0
     if status is not None:
-        body["phase"] = status.phase.value
-        body["because"] = problems.without_paths(status.because)
+        body["phase"], because = status.phase.value, status.because
+        body["capabilities"] = list(status.capabilities)
+        durable_up_to = status.durable_up_to
+    else:
+        body["phase"], because = standing.state.value, snapshot.because if snapshot is not None else ""
+    if standing.state is State.PARKED and snapshot is not None:
+        durable_up_to = snapshot.durable_up_to
+    body["because"] = problems.without_paths(because)
+    if durable_up_to:
+        body["durableUpTo"] = rfc3339(durable_up_to)
     return body
+
+
+def snapshot(snapshot: Snapshot) -> dict[str, Any]:
+    """A snapshot as the SDKs read it, and what it holds: everything written before `durableUpTo`, no memory."""
+    names, id = [], f"{snapshot.id}:default"
+    if snapshot.name:
+        name, _, tag = snapshot.name.partition(":")
+        id = f"{snapshot.team}/{name}:{tag or 'default'}"
+        names = [f"{snapshot.team}/{snapshot.name}"]
+    return {
+        "snapshotID": id,
+        "names": names,
+        "sandboxID": snapshot.sandbox,
+        "createdAt": rfc3339(snapshot.created_at),
+        "durableUpTo": rfc3339(snapshot.durable_up_to),
+        "diskUsedBytes": snapshot.disk_bytes,
+        "memory": snapshot.memory,
+    }
 
 
 def network(spec: SandboxSpec) -> dict[str, Any]:

@@ -15,9 +15,6 @@ from penstock.model.errors import Unsupported
 router = APIRouter(tags=["templates"])
 
 _UNBUILT: Final[tuple[tuple[str, str, str], ...]] = (
-    ("POST", "/sandboxes/{id}/snapshots", "snapshots"),
-    ("POST", "/sandboxes/{id}/fork", "forks"),
-    ("GET", "/snapshots", "snapshots"),
     ("POST", "/v3/templates", "template builds"),
     ("POST", "/v2/templates", "template builds"),
     ("POST", "/templates", "template builds"),
@@ -27,7 +24,6 @@ _UNBUILT: Final[tuple[tuple[str, str, str], ...]] = (
     ("POST", "/templates/tags", "template tags"),
     ("DELETE", "/templates/tags", "template tags"),
     ("GET", "/templates/{id}/tags", "template tags"),
-    ("DELETE", "/templates/{id}", "template deletion"),
     ("GET", "/volumes", "volumes"),
     ("POST", "/volumes", "volumes"),
     ("GET", "/secrets", "secrets"),

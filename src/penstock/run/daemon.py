@@ -35,6 +35,7 @@ from penstock.model import keys
 from penstock.model.ids import NodeId
 from penstock.model.node import NodeStatus
 from penstock.model.sandbox import Isolation, SandboxSpec, SandboxStatus
+from penstock.model.snapshot import Snapshot
 from penstock.model.team import ApiKey, Team, TeamLimits
 from penstock.model.template import Build, Template
 from penstock.node.facts import Machine
@@ -211,7 +212,7 @@ class Daemon:
 
     async def _start_front(self, controller: Controller) -> None:
         views = await self._views()
-        roster = Roster(views["specs"], views["statuses"])
+        roster = Roster(views["specs"], views["statuses"], views["snapshots"])
         assert self._node is not None
         samples = Samples(
             cgroups=self._edges.ports.cgroups,
@@ -255,6 +256,7 @@ class Daemon:
             "keys": (keys.API_KEY, ApiKey),
             "teams": (keys.TEAM, Team),
             "nodes": (keys.NODE_STATUS, NodeStatus),
+            "snapshots": (keys.SNAPSHOT, Snapshot),
         }
         views: dict[str, View[Any]] = {}
         for name, (prefix, kind) in kinds.items():

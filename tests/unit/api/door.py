@@ -24,6 +24,7 @@ from penstock.model import keys
 from penstock.model.ids import BuildId, NodeId, TeamId, TemplateId
 from penstock.model.node import NodeStatus
 from penstock.model.sandbox import KillReason, Phase, SandboxSpec, SandboxStatus
+from penstock.model.snapshot import Snapshot
 from penstock.model.team import ApiKey, Team, TeamLimits
 from penstock.model.template import Build, Template
 from penstock.store.memory import MemoryLog
@@ -70,6 +71,7 @@ async def open_door() -> AsyncIterator[Door]:
         "keys": (keys.API_KEY, ApiKey),
         "teams": (keys.TEAM, Team),
         "nodes": (keys.NODE_STATUS, NodeStatus),
+        "snapshots": (keys.SNAPSHOT, Snapshot),
     }
     views: dict[str, Any] = {name: View(source, prefix, _decode(kind)) for name, (prefix, kind) in kinds.items()}
     async with Crew("test door") as crew:
@@ -77,7 +79,7 @@ async def open_door() -> AsyncIterator[Door]:
             await view.start(crew)
         front = Front(
             store=store,
-            roster=Roster(views["specs"], views["statuses"]),
+            roster=Roster(views["specs"], views["statuses"], views["snapshots"]),
             templates=views["templates"],
             builds=views["builds"],
             keys=views["keys"],

@@ -95,7 +95,7 @@ async def test_an_unknown_template_is_404(door: Door):
 
 
 async def test_what_is_not_built_says_so(door: Door):
-    for fields in ({"autoPause": True}, {"mcp": {"a": 1}}, {"volumeMounts": [{"name": "v", "path": "/v"}]}):
+    for fields in ({"iam": {"tokens": {}}}, {"mcp": {"a": 1}}, {"volumeMounts": [{"name": "v", "path": "/v"}]}):
         reply = await door.client.post("/v2/sandboxes", json={"templateID": "base", **fields})
         assert reply.status_code == 501, fields
         assert reply.headers["Should-Retry"] == "false"
