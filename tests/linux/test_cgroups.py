@@ -117,6 +117,14 @@ async def test_limits_are_in_the_kernel(cgroups: LinuxCgroups) -> None:
     assert sorted(devices) == sorted(DEVICES)
 
 
+async def test_a_bomb_by_default_is_small_enough_for_its_neighbours(cgroups: LinuxCgroups) -> None:
+    """The longest queue for the locks of files that sandboxes share is as long as a sandbox has processes."""
+    await cgroups.create("sb-one", Limits())
+    place = ROOT if cgroups.layout == "v2" else ROOT / "pids"
+    assert (place / "penstock-testcg/sb-one/user/pids.max").read_text() == "512\n"
+    assert (place / "penstock-testcg/sb-one/pids.max").read_text() == "528\n"
+
+
 async def test_names_are_those_of_this_installation(cgroups: LinuxCgroups) -> None:
     other = LinuxCgroups("testc2")
     await other.create("sb-two", LIMITS)

@@ -20,8 +20,8 @@ MEMORY_BYTES_DEFAULT: Final = 1024 * 1024 * 1024
 MEMORY_BYTES_MIN: Final = 128 * 1024 * 1024
 DISK_BYTES_DEFAULT: Final = 1024 * 1024 * 1024
 DISK_INODES_DEFAULT: Final = 131_072
-# Processes and threads. Every fork and exit takes the kernel's lock of each mapped file, and sandboxes share the libc of
-# their image: the processes of a fork bomb queue for it, each turn waits until its process runs, and a neighbour's exec
+# Processes and threads. Every fork and exit takes the kernel's lock of each mapped file, and sandboxes share the libc
+# of an image: the processes of a fork bomb queue for it, each turn waits until its process runs, and a neighbour's exec
 # queues behind them all. On 2 cores a neighbour's p99 was 1.8 times the quiet one with 512, 2.8 with 1,024, 4.3 with
 # 2,048; its longest wait 0.1 s, 0.7 and 1.3.
 PIDS_DEFAULT: Final = 512
