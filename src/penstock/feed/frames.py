@@ -1,8 +1,9 @@
 """The bytes of the remote feed: a length of four bytes, big-endian, then one MessagePack message.
 
-reader → server    List | Watch, once and first; after a Watch any number of Wants
+reader → server    List | Watch | Demand, once and first; after a Watch any number of Wants
 server → reader    Page* End        answers a List
                    Started Event*   answers a Watch
+                   Granted          answers a Demand, once it is done
                    Refusal          instead of any of these, and then the connection ends
 """
 
@@ -42,6 +43,16 @@ class Want(msgspec.Struct, frozen=True, tag=True, array_like=True):
     revision: int
 
 
+class Demand(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """The one thing a reader may want of the world: that this sandbox runs, because a request for it has come."""
+
+    sandbox: str
+
+
+class Granted(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    pass
+
+
 class Page(msgspec.Struct, frozen=True, tag=True, array_like=True):
     records: tuple[Record, ...]
 
@@ -68,8 +79,8 @@ class Refusal(msgspec.Struct, frozen=True, tag=True, array_like=True):
     revision: int = 0
 
 
-FromReader = List | Watch | Want
-FromServer = Page | End | Started | Event | Refusal
+FromReader = List | Watch | Want | Demand
+FromServer = Page | End | Started | Event | Granted | Refusal
 
 _encode = msgspec.msgpack.Encoder().encode
 

@@ -14,7 +14,21 @@ from typing import Final
 import msgspec
 
 from penstock.core.deadlines import Rng, backoff_s, within
-from penstock.feed.frames import BrokenFrame, End, Event, FromServer, Link, Page, Refusal, Started, Want, Watch, address
+from penstock.feed.frames import (
+    BrokenFrame,
+    Demand,
+    End,
+    Event,
+    FromServer,
+    Granted,
+    Link,
+    Page,
+    Refusal,
+    Started,
+    Want,
+    Watch,
+    address,
+)
 from penstock.feed.frames import List as ListRequest
 from penstock.model.errors import Forbidden, Unavailable
 from penstock.model.records import Batch, Compacted, Listing, Record
@@ -54,7 +68,32 @@ class RemoteSource:
     def watch(self, prefix: str, after_revision: int) -> RemoteWatch:
         return RemoteWatch(self, prefix, after_revision)
 
-    async def dial(self, request: ListRequest | Watch) -> Link:
+    async def demand(self, sandbox: str) -> str:
+        """Ask that a sandbox run. Empty once it does; else the code of the error that says why it does not.
+
+        Asked again when the connection breaks, which changes nothing: bound it.
+        """
+        failures = 0
+        while True:
+            try:
+                return await self._demand(sandbox)
+            except (OSError, BrokenFrame):
+                failures += 1
+            await asyncio.sleep(self.retry_s(failures))
+
+    async def _demand(self, sandbox: str) -> str:
+        link = await self.dial(Demand(sandbox))
+        try:
+            message = await link.receive(_decoder)
+        finally:
+            link.abort()
+        if isinstance(message, Granted):
+            return ""
+        if isinstance(message, Refusal):
+            return message.code
+        raise BrokenFrame("demand broke off", which=sandbox)
+
+    async def dial(self, request: ListRequest | Watch | Demand) -> Link:
         """Raises OSError."""
         async with within(CONNECT_S, f"connection to {self._path.name}"):
             reader, writer = await self._connect(self._path)

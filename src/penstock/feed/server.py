@@ -1,11 +1,14 @@
-"""Serves a source to other processes of this machine over a unix socket. Only the prefixes it was given."""
+"""Serves a source to other processes of this machine over a unix socket. Only the prefixes it was given.
+
+And takes up demands, if it was given somebody who meets them: the one way by which a reader asks for something.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -13,16 +16,30 @@ from typing import Final
 import msgspec
 
 from penstock.core.crew import Crew, CrewClosed
-from penstock.core.deadlines import within
+from penstock.core.deadlines import DeadlinePassed, within
 from penstock.core.errors import PenstockError
-from penstock.feed.frames import PAGE_BYTES, End, Event, FromReader, Link, Page, Refusal, Started, Watch, address
+from penstock.feed.frames import (
+    PAGE_BYTES,
+    Demand,
+    End,
+    Event,
+    FromReader,
+    Granted,
+    Link,
+    Page,
+    Refusal,
+    Started,
+    Watch,
+    address,
+)
 from penstock.feed.frames import List as ListRequest
 from penstock.feed.source import Source, Watching
-from penstock.model.errors import Forbidden, Invalid
+from penstock.model.errors import Forbidden, Invalid, Unavailable
 from penstock.model.records import Compacted, Record
 
 READERS_MAX: Final = 64  # connections; one per view of another process
 REQUEST_S: Final = 10.0  # for a new connection to say what it wants
+DEMAND_S: Final = 60.0  # for a demand to be met
 SEND_S: Final = 10.0  # for a reader to take what it was sent; then it is cut, and comes back
 CLOSE_S: Final = 1.0
 BUFFER_BYTES: Final = 1024 * 1024  # sent and not taken, per reader
@@ -31,10 +48,19 @@ _decoder = msgspec.msgpack.Decoder(FromReader)
 
 
 class FeedServer:
-    """`serve` it in a crew; the connections are tasks of that crew."""
+    """`serve` it in a crew; the connections are tasks of that crew. `meet` returns once a sandbox runs, or raises."""
 
-    def __init__(self, source: Source, path: Path, *, prefixes: Sequence[str], send_s: float = SEND_S) -> None:
+    def __init__(
+        self,
+        source: Source,
+        path: Path,
+        *,
+        prefixes: Sequence[str],
+        send_s: float = SEND_S,
+        meet: Callable[[str], Awaitable[None]] | None = None,
+    ) -> None:
         self._source, self._path, self._prefixes, self._send_s = source, path, tuple(prefixes), send_s
+        self._meet = meet
         self._links: dict[Link, None] = {}
         self.cut = 0  # readers that did not take what they were sent
 
@@ -84,14 +110,31 @@ class FeedServer:
                 await self._list(link, request.prefix)
             elif isinstance(request, Watch):
                 await self._watch(link, request.prefix, request.after_revision)
+            elif isinstance(request, Demand):
+                await self._demand(link, request.sandbox)
         except OSError:
             pass  # the reader is gone, or too slow (DeadlinePassed is one): it comes back by itself
         except PenstockError as error:
-            with contextlib.suppress(OSError):  # gone already: then there is nobody to tell
-                link.put(_refusal(error))
-                await link.close(within_s=CLOSE_S)
+            await self._refuse(link, error)
         finally:
             self._drop(link)
+
+    async def _refuse(self, link: Link, error: PenstockError) -> None:
+        with contextlib.suppress(OSError):  # gone already: then there is nobody to tell
+            link.put(_refusal(error))
+            await link.close(within_s=CLOSE_S)
+
+    async def _demand(self, link: Link, sandbox: str) -> None:
+        """Met to its end, also when whoever demanded it hangs up: others may wait for the same."""
+        if self._meet is None:
+            raise Forbidden("feed takes up no demands", which=sandbox)
+        try:
+            async with within(DEMAND_S, f"sandbox {sandbox} to run"):
+                await self._meet(sandbox)
+        except DeadlinePassed as late:
+            raise Unavailable("sandbox does not run yet", which=sandbox, retry_after_s=1.0) from late
+        link.put(Granted())
+        await link.close(within_s=self._send_s)
 
     async def _list(self, link: Link, prefix: str) -> None:
         self._check(prefix)
@@ -124,7 +167,7 @@ class FeedServer:
         """Until the reader hangs up, which ends the watch."""
         try:
             while (message := await link.receive(_decoder)) is not None:
-                if isinstance(message, ListRequest | Watch):
+                if isinstance(message, ListRequest | Watch | Demand):
                     raise Invalid("request", "a connection carries one request")
                 watch.want(message.revision)
         except (OSError, PenstockError):

@@ -18,6 +18,7 @@ from penstock.ingress.dial import NoDescriptor, PortClosed, SandboxGone
 from penstock.ingress.heads import Asked, mask, request_bytes
 from penstock.ingress.pages import Refusal
 from penstock.ingress.table import Route
+from penstock.ingress.waking import may_wake
 from penstock.wire.http1 import BadRequest
 from penstock.wire.routing import GUEST_PORT, Target
 
@@ -147,6 +148,15 @@ class Client(Connection):
         else:
             self._refuse(pages.sandbox_not_found(self._sandbox()))
 
+    def sandbox_paused(self, since: float) -> None:
+        """It stands still. A request that went in after `since` (loop seconds) wakes it, or is taken back."""
+        if self._begun or self._heard < since or self.asked is None or self.target is None or self.route is None:
+            return
+        if self.route.auto_resume:
+            self.hub.waker.nudge(self.route.sandbox)
+        elif self.asked.replayable:
+            self._refuse(pages.sandbox_not_found(self._sandbox()))
+
     # ---- requests
 
     def _take(self, data: bytes) -> None:
@@ -171,14 +181,12 @@ class Client(Connection):
         if kind is Target:
             assert isinstance(aim, Target)
             choice = decide.choose(aim, asked.head, self.hub.table, self.hub.tokens.traffic)
-            if type(choice) is Route:
+            if type(choice) is Route and choice.serving:
                 self._forward_to(choice, aim)
+            elif isinstance(choice, Refusal) and choice.cause != "not_found":
+                self._refuse(choice)
             else:
-                assert isinstance(choice, Refusal)
-                if choice.cause == "not_found":
-                    self._dialling = self.hub.spawn(self._look_again(aim), name="look again")
-                else:
-                    self._refuse(choice)
+                self._dialling = self.hub.spawn(self._look_again(aim), name="look again")
         elif isinstance(aim, Refusal):
             self._refuse(aim)
         elif isinstance(aim, Own):
@@ -188,19 +196,33 @@ class Client(Connection):
             self._dialling = self.hub.spawn(self._find_signed(aim), name="signed URL")
 
     async def _look_again(self, target: Target) -> None:
-        """Before a sandbox is said to be unknown, the table hears all that was true when the request came.
+        """Before a sandbox is said to be unknown or asleep, the table hears all that was true when the request came.
 
-        Who creates a sandbox is answered by the API; its first request may be here before the feed's news is.
+        Who creates or resumes a sandbox is answered by the API; its first request may be here before the feed's news.
+        One that sleeps all the same is woken, if this request may do that.
         """
-        await self.hub.catch_up()
+        hub, refusal = self.hub, None
+        await hub.catch_up()
+        choice = self._choose_again(target)
+        if isinstance(choice, Route) and not choice.serving:
+            assert self.asked is not None
+            refusal = may_wake(target, self.asked.head, choice, hub.tokens.access)
+            if refusal is None:
+                refusal = await hub.waker.wake(target.sandbox)
+            choice = refusal or self._choose_again(target)
         self._dialling = None
-        if self.stage is _CLOSED or self.asked is None:
-            return
-        choice = decide.choose(target, self.asked.head, self.hub.table, self.hub.tokens.traffic)
-        if isinstance(choice, Route):
-            self._forward_to(choice, target)
-        else:
+        if isinstance(choice, Refusal):
             self._refuse(choice)
+        elif choice is not None and choice.serving:
+            self._forward_to(choice, target)
+        elif choice is not None:
+            self._refuse(pages.still_changing(target.sandbox))
+
+    def _choose_again(self, target: Target) -> Route | Refusal | None:
+        """By the table of now; None: the client has gone."""
+        if self.stage is _CLOSED or self.asked is None:
+            return None
+        return decide.choose(target, self.asked.head, self.hub.table, self.hub.tokens.traffic)
 
     def _forward_to(self, route: Route, target: Target) -> None:
         asked, hub = self.asked, self.hub

@@ -105,9 +105,12 @@ def _route(host: bytes, sandbox: bytes, port: bytes) -> Target | Refusal | None:
 
 
 def choose(target: Target, told: Fields, table: Table, traffic_token: TrafficToken) -> Route | Refusal:
-    """The live route of `target`, if this request may take it. Pure but for the table's present content."""
+    """The route of `target`, if this request may take it: one that serves, or sleeps and is woken by requests.
+
+    Pure but for the table's present content.
+    """
     route = table.routes.get(target.sandbox)
-    if route is None or not route.serving:
+    if route is None or not (route.serving or route.auto_resume):
         return pages.sandbox_not_found(target.sandbox) if table.complete else pages.starting()
     if route.private and target.port != GUEST_PORT:
         given = told.header(routing.TRAFFIC_TOKEN_HEADER)
@@ -150,7 +153,7 @@ def _refuse_target(head: RequestHead, host: bytes) -> Refusal | None:
 def _read_unnamed(head: RequestHead) -> Aim:
     path = head.path
     if path == b"/files" and head.query:
-        return _read_signed(head)
+        return read_signed(head)
     if head.method in (b"GET", b"HEAD"):
         for own in Own:
             if path == own.value.encode():
@@ -158,7 +161,8 @@ def _read_unnamed(head: RequestHead) -> Aim:
     return _UNNAMED
 
 
-def _read_signed(head: RequestHead) -> Aim:
+def read_signed(head: RequestHead) -> Aim:
+    """A signed file URL's parts; a Refusal when it is none."""
     if len(head.query) > QUERY_BYTES_MAX:
         return pages.bad_request(414, "the query is too long")
     query: dict[str, str] = {}

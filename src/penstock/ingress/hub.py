@@ -26,10 +26,12 @@ from penstock.ingress.signed import SignedRoutes
 from penstock.ingress.table import Route, Table
 from penstock.ingress.tally import Gauges, Tally, expose
 from penstock.ingress.upstream import Upstream
+from penstock.ingress.waking import Ask, Waker
 
 BACKLOG: Final = 1024  # connections the kernel holds for us; the loop takes as many at once before we may refuse any
 REFUSED_LINGERING_MAX: Final = 64  # refused clients given time to read why
 LAG_EVERY_S: Final = 0.25
+RECENT_S: Final = 1.0  # the feed's news are a millisecond old, much more when this process had to wait for a core
 
 
 def descriptor_budget() -> int:
@@ -60,6 +62,7 @@ class Hub:
         per_sandbox_max: int | None = None,
         gauges: Gauges | None = None,
         catch_up: Callable[[], Awaitable[None]] | None = None,
+        ask: Ask | None = None,
     ) -> None:
         self.loop, self.table, self.tokens = loop, table, tokens
         self.tally, self.heads = Tally(), Heads()
@@ -71,6 +74,7 @@ class Hub:
         self.idle: OrderedDict[Connection, None] = OrderedDict()  # between requests, longest first
         self.stopping = False
         self._catch_up = catch_up
+        self.waker = Waker(ask, self.catch_up, crew)
         self.handshakes = 0  # TLS connections that are no clients yet
         self._left = Pulse()  # a client has gone
         self.descriptors_max = descriptors_max
@@ -87,8 +91,10 @@ class Hub:
             upstreams_idle=lambda: len(self.pool),
             descriptors_max=lambda: self.descriptors_max,
             routes=lambda: len(self.table.routes),
+            requests_held=lambda: self.waker.held,
         )
         table.on_ended = self._sandbox_ended
+        table.on_paused = self._sandbox_paused
         crew.spawn(self.pool.sweep(), name="pool sweep")
         crew.spawn(self._watch_lag(), name="loop lag")
 
@@ -189,6 +195,12 @@ class Hub:
         self.pool.drop_sandbox(route.sandbox)
         self.tokens.forget(route.sandbox)
         self._dialler.forget(route)
+
+    def _sandbox_paused(self, route: Route) -> None:
+        """What went in a moment ago was meant for a sandbox that runs: nobody may wait for ever for this race."""
+        since = self.loop.time() - RECENT_S
+        for client in list(self._exchanges.get(route.sandbox, ())):
+            client.sandbox_paused(since)
 
     async def _watch_lag(self) -> None:
         while True:

@@ -70,6 +70,30 @@ def too_many_connections(sandbox: str, limit: int) -> Refusal:
     return Refusal(status=429, sandbox=sandbox, message=message, connection_limit=limit, retry_after_s=1, cause="limit")
 
 
+def resume_denied(sandbox: str) -> Refusal:
+    message = "The sandbox is paused, and this request may not resume it"
+    return Refusal(status=403, sandbox=sandbox, message=message, cause="token")
+
+
+def still_changing(sandbox: str) -> Refusal:
+    return Refusal(status=409, sandbox=sandbox, message="sandbox is still transitioning", cause="resume")
+
+
+def team_limit(sandbox: str) -> Refusal:
+    message = "The sandbox is paused, and its team has reached its limit of concurrent sandboxes"
+    return Refusal(status=429, sandbox=sandbox, message=message, retry_after_s=5, cause="resume")
+
+
+def too_many_waiting(sandbox: str) -> Refusal:
+    message = "Too many requests wait for the sandbox to be resumed"
+    return Refusal(status=429, sandbox=sandbox, message=message, retry_after_s=1, cause="limit")
+
+
+def not_resumed(sandbox: str) -> Refusal:
+    message = "The sandbox is paused and could not be resumed now"
+    return Refusal(status=503, sandbox=sandbox, message=message, retry_after_s=2, cause="resume")
+
+
 def full() -> Refusal:
     return Refusal(status=503, message="The ingress has no descriptor left", retry_after_s=1, cause="full")
 

@@ -29,6 +29,7 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
     start_ticks: int = 0
     serving: bool = True  # False: keep what is open, answer new requests as if it were gone
     secure: bool = True  # the guest asks for its access token
+    auto_resume: bool = False  # paused, it is resumed by the next request
     private: bool = False  # user ports ask for the traffic token
     mask_host: str | None = None  # Host shown to user ports; may hold ${PORT}
 
@@ -48,17 +49,20 @@ def route_of(spec: SandboxSpec | None, status: SandboxStatus | None) -> Route | 
         start_ticks=status.start_ticks,
         serving=status.phase in ROUTED,
         secure=spec.secure,
+        auto_resume=spec.auto_resume,
         private=spec.traffic_private,
         mask_host=spec.mask_request_host,
     )
 
 
 class Table:
-    """Routes by sandbox id. `on_ended(route)` is called, synchronously, for each incarnation that is no more."""
+    """Routes by sandbox id. Synchronously, `on_ended(route)` is called for each incarnation that is no more, and
+    `on_paused(route)` for each that stands still from now on."""
 
     def __init__(self, on_ended: Callable[[Route], object] | None = None) -> None:
         self.routes: dict[str, Route] = {}
         self.on_ended = on_ended
+        self.on_paused: Callable[[Route], object] | None = None
         self.complete = True  # False until the feed has been read once: absence means nothing yet
 
     def put(self, sandbox: str, route: Route | None) -> None:
@@ -70,6 +74,8 @@ class Table:
             self.routes[sandbox] = route
         if old is not None and (route is None or route.incarnation != old.incarnation) and self.on_ended is not None:
             self.on_ended(old)
+        elif old is not None and route is not None and old.serving and not route.serving and self.on_paused is not None:
+            self.on_paused(route)
 
     def find(self, sandbox: str) -> Route | None:
         """The route of a sandbox that serves now, or None."""

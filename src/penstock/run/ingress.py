@@ -70,8 +70,9 @@ async def _serve(arguments: argparse.Namespace) -> None:
     secure = _bind(arguments.tls, setting="tls") if arguments.tls else None
     namespaces, gauges, table = Namespaces(), Gauges(), Table()
     async with Crew("ingress", on_error=_log_failure) as crew:
+        source = RemoteSource(folder.feed_socket, rng=random.Random())
         follower = Follower(
-            RemoteSource(folder.feed_socket, rng=random.Random()),
+            source,
             table,
             on_trouble=lambda trouble: log.error("feed failed; reading it anew", exc_info=trouble),
         )
@@ -84,6 +85,7 @@ async def _serve(arguments: argparse.Namespace) -> None:
             descriptors_max=descriptor_budget(),
             gauges=gauges,
             catch_up=follower.catch_up,
+            ask=source.demand,
         )
         crew.spawn(follower.follow(), name="follower")
         gauges["feed_connected"] = lambda: follower.connected
