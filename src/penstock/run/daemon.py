@@ -20,6 +20,7 @@ from prometheus_client import CollectorRegistry
 from structlog import get_logger
 
 from penstock import __version__
+from penstock.api import pausing
 from penstock.api.app import build
 from penstock.api.front import Front
 from penstock.api.roster import Roster
@@ -32,6 +33,7 @@ from penstock.feed.local import LocalReports, LocalSource
 from penstock.feed.server import FeedServer
 from penstock.feed.view import View
 from penstock.model import keys
+from penstock.model.errors import Unavailable
 from penstock.model.ids import NodeId
 from penstock.model.node import NodeStatus
 from penstock.model.sandbox import Isolation, SandboxSpec, SandboxStatus
@@ -72,6 +74,7 @@ class Daemon:
         self.failed = asyncio.Event()  # a part of the daemon itself ended: stop, keeping sandboxes, and restart
         self._failure: BaseException | None = None
         self._node: Node | None = None
+        self._api: Front | None = None
         self._ready = False
         self._inherited = True  # until we know better
         self.stopping = False
@@ -223,7 +226,7 @@ class Daemon:
             run_dirs=str(self.folder.run / "sb"),
         )
         self._crew.spawn(samples.run(), name="samples")
-        front = Front(
+        front = self._api = Front(
             store=self._store,
             roster=roster,
             templates=views["templates"],
@@ -265,7 +268,7 @@ class Daemon:
         return views
 
     async def _start_ingress(self) -> None:
-        self._feed = FeedServer(self._source, self.folder.feed_socket, prefixes=FEED_PREFIXES)
+        self._feed = FeedServer(self._source, self.folder.feed_socket, prefixes=FEED_PREFIXES, meet=self._wake)
         await self._feed.serve(self._crew)
         if self._ingress is not None and not self.folder.ingress_file.exists():
             self._say("the ingress that runs cannot say any more where it listens; ending it")
@@ -288,6 +291,12 @@ class Daemon:
             self._say(f"its certificate stays that of {told['domain']}: stop with penstock down --drain to change it")
         says = self._journal.teller(self._crew, "ingress.replaced", log.warning)
         self._keep("ingress", children.keep(self._ingress, self._restart_ingress, log=says))
+
+    async def _wake(self, sandbox: str) -> None:
+        """The ingress has a request for a sandbox that is paused."""
+        if self._api is None:
+            raise Unavailable("the API is starting", retry_after_s=1)
+        await pausing.for_traffic(self._api, sandbox)
 
     async def _restart_ingress(self) -> children.Child:
         """At the addresses it had: clients and printed variables name them."""
