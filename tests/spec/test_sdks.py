@@ -39,6 +39,22 @@ def test_python_sdk_2_45_which_uses_the_first_version_of_the_endpoints(installat
     suite(installation, *pytest_of(OLD_SDK, "suite.py"))
 
 
-def test_javascript_sdk_2_51(installation: Installation):
+def node_test(installation: Installation, file: str) -> None:
     own = SDK / "js/node_modules/.bin/node"  # where the machine's own is too old, the set-up brought one
-    suite(installation, own if own.exists() else "node", "--test", "suite.mjs", cwd=SDK / "js")
+    suite(installation, own if own.exists() else "node", "--test", file, cwd=SDK / "js")
+
+
+def test_javascript_sdk_2_51(installation: Installation):
+    node_test(installation, "suite.mjs")
+
+
+def test_python_sdk_2_63_pauses_resumes_and_snapshots(installation: Installation):
+    suite(installation, *pytest_of(sys.executable, "suite_pause.py"))
+
+
+def test_python_sdk_2_63_async_pauses_resumes_and_snapshots(installation: Installation):
+    suite(installation, *pytest_of(sys.executable, "suite_pause_async.py"))
+
+
+def test_javascript_sdk_2_51_pauses_resumes_and_snapshots(installation: Installation):
+    node_test(installation, "suite_pause.mjs")

@@ -31,6 +31,8 @@ async def take(
 ) -> Response:
     """A copy of its disk at this moment; the sandbox goes on. Answers once the snapshot can be started from."""
     asked = asked or shapes.NewSnapshot()
+    if asked.memory:
+        raise Unsupported("a snapshot with memory is not built yet", now="leave `memory` out: its files are kept")
     name = snapshots.check_name(caller.team, asked.name)
     if name and creation.find_template(front, name) is not None:
         raise Invalid("name", f"{asked.name!r} is the name of a template")

@@ -14,13 +14,14 @@ from penstock.api.standing import State
 from penstock.model.errors import Conflict, Invalid, NotFound
 from penstock.model.event import LoggedEvent
 from penstock.model.ids import SANDBOX_ID_PATTERN, SandboxId
-from penstock.model.sandbox import TERMINAL, Phase, SandboxSpec, SandboxStatus
+from penstock.model.sandbox import TERMINAL, TIMEOUT_S_DEFAULT, Phase, SandboxSpec, SandboxStatus
 
 router = APIRouter(tags=["sandboxes"])
 
 KILLED_WITHIN_S: Final = 15.0
 APPLIED_WITHIN_S: Final = 10.0
 REFRESH_S_DEFAULT: Final = 15
+CONNECT_S_DEFAULT: Final = 300.0  # of the second version; the first has that of a create
 
 _GONE: Final = TERMINAL | {Phase.QUARANTINED}
 
@@ -107,12 +108,19 @@ async def kill(front: FrontDep, caller: CallerDep, id: str) -> Response:
     return Response(status_code=204)
 
 
-@router.post("/sandboxes/{id}/connect")
 @router.post("/v2/sandboxes/{id}/connect")
 async def connect(
     front: FrontDep, caller: CallerDep, id: str, asked: Annotated[shapes.ConnectSandbox | None, Body()] = None
 ) -> Response:
     """200 and a later end for a running sandbox, which never comes nearer by this; 201 for one that was paused."""
+    spec, was_paused = await _wake(front, caller, id, asked, default_s=CONNECT_S_DEFAULT)
+    return JSONResponse(shapes.sandbox(front, spec), status_code=201 if was_paused else 200)
+
+
+@router.post("/sandboxes/{id}/connect")
+async def connect_v1(
+    front: FrontDep, caller: CallerDep, id: str, asked: Annotated[shapes.ConnectSandbox | None, Body()] = None
+) -> Response:
     spec, was_paused = await _wake(front, caller, id, asked)
     return JSONResponse(shapes.sandbox(front, spec), status_code=201 if was_paused else 200)
 
@@ -185,10 +193,18 @@ async def update_network(front: FrontDep, caller: CallerDep, id: str, asked: sha
     return Response(status_code=204)
 
 
-async def _wake(front: Front, caller: Caller, id: str, asked: shapes.ConnectSandbox | None) -> tuple[SandboxSpec, bool]:
+async def _wake(
+    front: Front,
+    caller: Caller,
+    id: str,
+    asked: shapes.ConnectSandbox | None,
+    *,
+    default_s: float = TIMEOUT_S_DEFAULT,
+) -> tuple[SandboxSpec, bool]:
+    asked = asked or shapes.ConnectSandbox()
     asking = pausing.Asking(team=caller.team, sandbox=sandbox_id(id), actor=caller.name)
-    seconds = creation.timeout_s(asked.timeout if asked else None, front.limits_of(caller.team), least=0)
-    return await pausing.wake(front, asking, seconds=seconds, reboot=asked is not None and asked.memory is False)
+    seconds = creation.timeout_s(asked.timeout, front.limits_of(caller.team), default=default_s, least=0)
+    return await pausing.wake(front, asking, seconds=seconds, reboot=asked.memory is False)
 
 
 def _running(front: Front, caller: Caller, id: str) -> SandboxSpec:
