@@ -91,11 +91,11 @@ def test_an_object_made_before_its_record_is_noticed(monkeypatch: pytest.MonkeyP
 
 
 def test_a_slot_lent_twice_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def always_the_same(self: Pool[object], owner: str, *, within_s: float) -> tuple[int, object]:
-        number, value = next(iter(self._values.items()))
-        return number, value
+    def always_the_same(self: Pool[object], owner: str) -> tuple[int, object]:
+        return next(iter(self._values.items()))
 
-    monkeypatch.setattr(Pool, "take", always_the_same)
+    monkeypatch.setattr(Pool, "take_nowait", always_the_same)
+    monkeypatch.setattr(Pool, "at_hand", True)
     assert "two processes on one" in broken(range(4), CALM)
 
 

@@ -181,6 +181,8 @@ class Checkers:
         spec = self._facts.specs.get(sandbox)
         if spec is None or status.spec_revision < self._facts.spec_revisions[sandbox]:
             return
+        if not any(proc.order.sandbox == sandbox for proc in self._kernel.processes.values()):
+            return  # said, kept late, and over meanwhile: its slot may be somebody else's by now
         if self._kernel.slots.get(status.slot) not in (spec.egress, None):
             self.blame(f"{sandbox} claims revision {status.spec_revision}, and other rules are in force")
 
