@@ -1,5 +1,5 @@
 # Penstock's commands. `make demo` and `make test` set up everything they need first.
-.PHONY: demo test setup setup-test check sim linux bench soak
+.PHONY: demo test setup setup-test check sim linux bench soak rip
 
 PYTHON := .venv/bin/python
 
@@ -26,6 +26,9 @@ sim:              ## replay one simulated world: make sim SEED=42, with ingress 
 
 linux: setup-test ## the real-kernel tests alone (root)
 	.venv/bin/pytest tests/linux tests/spec
+
+rip: setup-test   ## take each promise of a drain away, and see that a test notices: make rip [ROW=id]
+	@$(PYTHON) scripts/rip.py $(ROW)
 
 bench:            ## measure, and compare with what a user would pick instead
 	@PENSTOCK_SETUP_BENCH=1 scripts/setup --test

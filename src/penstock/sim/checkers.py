@@ -106,7 +106,7 @@ class Checkers:
                 used = {
                     "slot": str(proc.order.slot.number),
                     "disk": proc.order.disk.name,
-                    "cgroup": proc.order.cgroup,
+                    "cgroup": proc.cgroup,
                 }
                 if used[kind] == name:
                     self.blame(f"{kind} {name} removed under living {proc.order.sandbox}")

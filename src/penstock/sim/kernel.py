@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import signal
+from typing import Final
 
 from penstock.core.deadlines import DeadlinePassed, within
 from penstock.model.errors import LaunchFailed, NotTheSlot
@@ -21,6 +22,8 @@ from penstock.sim.guests import Guest, Manner
 from penstock.sim.machinery import FOREVER_S, Dead, Life, Machinery, Proc
 
 __all__ = ["Dead", "Kernel", "Life", "Proc", "SimFiles"]
+
+ESCAPE_S: Final = 0.05
 
 
 class Kernel(Machinery):
@@ -107,9 +110,17 @@ class SimLauncher:
         if not proc.alive:
             raise LaunchFailed(proc.order.sandbox, "guest hello", "pid 1 ended")
         if guest.manner is Manner.ESCAPED:
-            proc.cgroup = None
+            self._escape(proc)
         if guest.manner is Manner.MORTAL:
             asyncio.get_running_loop().call_later(guest.lives_s, self._kernel.end_process, proc)
+
+    def _escape(self, proc: Proc) -> None:
+        """Once it is known: of one that goes before anybody wrote down its pid, nothing would tell whose it is."""
+        lines = self._kernel.records.get(proc.order.sandbox, [])
+        if any(b'"k":"pid"' in line for line in lines):
+            proc.cgroup = None
+        elif proc.alive:
+            asyncio.get_running_loop().call_later(ESCAPE_S, self._escape, proc)
 
     def adopt(self, pid: int, start_ticks: int) -> SimProcess | None:
         self._life.check()
