@@ -17,7 +17,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Final
 
 from penstock.guest.exchange import REASONS, Disconnected, Exchange, HttpError, Peer, decode_path, error_answer
-from penstock.wire import http1
+from penstock.wire import chunked, http1
 from penstock.wire.http1 import BadRequest, Field, Framing, RequestHead
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class Connection(asyncio.BufferedProtocol):
         self.deadline = float("inf")  # loop time at which the server closes us
         # the body being received
         self._left = 0
-        self._decoder: http1.ChunkedDecoder | None = None
+        self._decoder: chunked.ChunkedDecoder | None = None
         self._body_done = True
         self._body_broken = ""
         self._pieces: deque[bytes] = deque()
@@ -276,7 +276,7 @@ class Connection(asyncio.BufferedProtocol):
         self._pieces.clear()
         self._held = 0
         self._left = head.content_length
-        self._decoder = http1.ChunkedDecoder() if head.framing is Framing.CHUNKED else None
+        self._decoder = chunked.ChunkedDecoder() if head.framing is Framing.CHUNKED else None
         self._body_done = head.framing is Framing.NONE
         if not self._body_done and self._inbox:
             self._continue_due = False

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 from urllib.parse import parse_qsl, unquote
 
 from penstock.core.errors import Kind
-from penstock.wire import http1
+from penstock.wire import chunked
 from penstock.wire.http1 import Field, RequestHead
 
 if TYPE_CHECKING:
@@ -250,7 +250,7 @@ class Stream:
         assert not self._left or self._silent, f"{self._left} bytes of the announced length are missing"
         self.finished = True
         if self._chunked and not self._silent:
-            last += http1.LAST_CHUNK
+            last += chunked.LAST_CHUNK
         if last:
             self._connection.send(last)
 
@@ -260,7 +260,7 @@ class Stream:
             self._left -= len(data)
         if self._silent:
             return b""
-        return http1.chunk(data) if self._chunked else data
+        return chunked.chunk(data) if self._chunked else data
 
 
 def error_answer(error: HttpError) -> tuple[int, tuple[Field, ...], bytes]:

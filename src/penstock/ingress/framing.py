@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Final, Protocol
 
-from penstock.wire.http1 import LAST_CHUNK, BadRequest, ChunkedDecoder, Framing, RequestHead, ResponseHead, chunk
+from penstock.wire.chunked import LAST_CHUNK, ChunkedDecoder, chunk
+from penstock.wire.http1 import BadRequest, Framing, RequestHead, ResponseHead
 
 
 class Body(Protocol):

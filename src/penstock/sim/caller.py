@@ -12,7 +12,8 @@ import msgspec
 from penstock.core.deadlines import DeadlinePassed, within
 from penstock.sim.net import Net, Streams
 from penstock.wire import http1
-from penstock.wire.http1 import BadRequest, ChunkedDecoder, Framing, ResponseHead
+from penstock.wire.chunked import LAST_CHUNK, ChunkedDecoder, chunk
+from penstock.wire.http1 import BadRequest, Framing, ResponseHead
 
 READ_BYTES: Final = 64 * 1024
 ANSWER_S: Final = 60.0  # nothing a visitor asks takes longer, unless something hangs
@@ -184,10 +185,10 @@ def request(
         pieces, at = [], 0
         for size in (*chunks, len(body)):
             if body[at : at + size]:
-                pieces.append(http1.chunk(body[at : at + size]))
+                pieces.append(chunk(body[at : at + size]))
             at += size
         lines.append("Transfer-Encoding: chunked")
-        sent = b"".join(pieces) + http1.LAST_CHUNK
+        sent = b"".join(pieces) + LAST_CHUNK
     else:
         if body or method in ("POST", "PUT"):
             lines.append(f"Content-Length: {len(body)}")

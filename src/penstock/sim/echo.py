@@ -11,7 +11,8 @@ import random
 from typing import Final
 
 from penstock.wire import http1
-from penstock.wire.http1 import ChunkedDecoder, Framing, RequestHead
+from penstock.wire.chunked import LAST_CHUNK, ChunkedDecoder, chunk
+from penstock.wire.http1 import Framing, RequestHead
 
 PORT: Final = 8000  # keeps its promises
 RUDE_PORT: Final = 8001  # hangs up, says nonsense, answers too early
@@ -130,7 +131,7 @@ class Echo(asyncio.Protocol):
         elif shape == "chunked":
             transport.write(_head(last, b"transfer-encoding: chunked"))
             half = len(body) // 2
-            transport.write(http1.chunk(body[:half]) + http1.chunk(body[half:]) + http1.LAST_CHUNK)
+            transport.write(chunk(body[:half]) + chunk(body[half:]) + LAST_CHUNK)
         else:
             last = True
             transport.write(_head(True, b"x-shape: until-close") + body)

@@ -18,20 +18,17 @@ from typing import Final
 
 HEAD_BYTES_MAX: Final = 64 * 1024  # request or status line and fields, with the final empty line
 FIELDS_MAX: Final = 100
-CHUNK_LINE_BYTES_MAX: Final = 256  # size and extensions
-TRAILER_BYTES_MAX: Final = 16 * 1024
 LENGTH_DIGITS_MAX: Final = 18  # below 2**63, so that no peer's integer overflows
 
 _TLS_HANDSHAKE: Final = b"\x16\x03"  # how every ClientHello begins (RFC 8446, 5.1)
 _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]"
-_VALUE = rb"[\t\x20-\x7e\x80-\xff]"
+VALUE = rb"[\t\x20-\x7e\x80-\xff]"
 # Possessive quantifiers: a hostile head costs one pass, never backtracking.
 _REQUEST_LINE: Final = re.compile(rb"(" + _TOKEN + rb"{1,32}) ([\x21-\x7e]++) HTTP/(?=1\.[01]\r\n)")
-_STATUS_LINE: Final = re.compile(rb"HTTP/(1\.[01]) ([1-9][0-9]{2})(?: (" + _VALUE + rb"*))?")
-_FIELDS: Final = re.compile(rb"(?:" + _TOKEN + rb"++:" + _VALUE + rb"*+\r\n)*+")
-_FIELD: Final = re.compile(rb"([^:]++):[\t ]*+([^\r]*+)\r\n")  # cuts what _FIELDS has passed
+_STATUS_LINE: Final = re.compile(rb"HTTP/(1\.[01]) ([1-9][0-9]{2})(?: (" + VALUE + rb"*))?")
+FIELDS: Final = re.compile(rb"(?:" + _TOKEN + rb"++:" + VALUE + rb"*+\r\n)*+")
+_FIELD: Final = re.compile(rb"([^:]++):[\t ]*+([^\r]*+)\r\n")  # cuts what FIELDS has passed
 _HOST: Final = re.compile(rb"[A-Za-z0-9\-._~%!$&'()*+,;=\[\]:]*")
-_CHUNK_LINE: Final = re.compile(rb"([0-9A-Fa-f]{1,15})(?:;" + _VALUE + rb"*)?")
 _ABSOLUTE: Final = re.compile(rb"https?://[^/?#]*", re.IGNORECASE)
 
 _FRAMING_FIELDS: Final = frozenset((b"content-length", b"transfer-encoding", b"host", b"connection", b"upgrade"))
@@ -210,97 +207,6 @@ def encode_head(first_line: bytes, fields: Iterable[Field]) -> bytes:
     return b"\r\n".join(lines)
 
 
-# ---- chunked bodies -----------------------------------------------------------------------------------------
-
-LAST_CHUNK: Final = b"0\r\n\r\n"
-
-
-def chunk(data: bytes) -> bytes:
-    """One chunk. `data` must not be empty: an empty chunk ends the body."""
-    return b"%x\r\n%b\r\n" % (len(data), data)
-
-
-class ChunkedDecoder:
-    """Decodes one chunked body, in pieces of any size. Trailer fields are checked and dropped.
-
-    Holds at most TRAILER_BYTES_MAX of unfinished line. After `done`, `rest` is what followed the body.
-    """
-
-    __slots__ = ("_in_trailer", "_left", "_line", "_trailer_bytes", "done", "rest")
-
-    def __init__(self) -> None:
-        self._line = b""  # the unfinished line
-        self._left = 0  # of the current chunk: data bytes plus its CRLF; 0 = a size line comes next
-        self._in_trailer = False
-        self._trailer_bytes = 0
-        self.done = False
-        self.rest = b""
-
-    def feed(self, data: bytes) -> list[bytes]:
-        """The body bytes in `data`, in order. Raises BadRequest(400) when the framing is broken."""
-        assert not self.done, "fed after its end"
-        if self._line:
-            data, self._line = self._line + data, b""
-        pieces: list[bytes] = []
-        at, end = 0, len(data)
-        while at < end:
-            if self._left:
-                at = self._take_data(data, at, end, pieces)
-                continue
-            stop = data.find(b"\n", at)
-            if stop < 0:
-                self._keep_line(data[at:])
-                return pieces
-            line = data[at : stop + 1]
-            at = stop + 1
-            if self._in_trailer:
-                if self._end_trailer_line(line):
-                    self.done, self.rest = True, data[at:]
-                    return pieces
-            else:
-                self._start_chunk(line)
-        return pieces
-
-    def _take_data(self, data: bytes, at: int, end: int, pieces: list[bytes]) -> int:
-        body = self._left - 2
-        if body > 0:
-            take = min(body, end - at)
-            pieces.append(data if take == len(data) else data[at : at + take])
-            self._left -= take
-            return at + take
-        tail = data[at : at + self._left]
-        if tail != b"\r\n"[2 - self._left :][: len(tail)]:
-            raise BadRequest(400, "chunk data runs past its size")
-        self._left -= len(tail)
-        return at + len(tail)
-
-    def _start_chunk(self, line: bytes) -> None:
-        found = (
-            _CHUNK_LINE.fullmatch(line[:-2]) if line.endswith(b"\r\n") and len(line) <= CHUNK_LINE_BYTES_MAX else None
-        )
-        if found is None:
-            raise BadRequest(400, "malformed chunk size")
-        size = int(found[1], 16)
-        if size:
-            self._left = size + 2
-        else:
-            self._in_trailer = True
-
-    def _end_trailer_line(self, line: bytes) -> bool:
-        if line == b"\r\n":
-            return True
-        self._trailer_bytes += len(line)
-        if self._trailer_bytes > TRAILER_BYTES_MAX or not _FIELDS.fullmatch(line):
-            raise BadRequest(400, "malformed trailer")
-        return False
-
-    def _keep_line(self, part: bytes) -> None:
-        ceiling = TRAILER_BYTES_MAX if self._in_trailer else CHUNK_LINE_BYTES_MAX
-        if len(part) > ceiling:
-            raise BadRequest(400, "chunk size line too long")
-        self._line = part
-
-
 # ---- private parts ------------------------------------------------------------------------------------------
 
 
@@ -344,7 +250,7 @@ def _check_target(method: bytes, target: bytes) -> None:
 def _split_fields(rest: bytes) -> list[Field]:
     """`rest` is everything after the first line: fields and the final empty line."""
     block = rest[:-2]
-    if _FIELDS.fullmatch(block) is None:
+    if FIELDS.fullmatch(block) is None:
         raise BadRequest(400, "malformed header field")
     found = _FIELD.findall(block)
     if len(found) > FIELDS_MAX:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from penstock.wire import http1
+from penstock.wire import chunked, http1
 from penstock.wire.http1 import BadRequest, Framing
 
 GET, POST = (method + b" / HTTP/1.1\r\nHost: a\r\n" for method in (b"GET", b"POST"))
@@ -219,7 +219,7 @@ BROKEN_CHUNKS = {
 
 
 def decode(raw: bytes, step: int) -> tuple[bytes, bool, bytes]:
-    decoder = http1.ChunkedDecoder()
+    decoder = chunked.ChunkedDecoder()
     out, at = b"", 0
     while at < len(raw) and not decoder.done:
         out += b"".join(decoder.feed(raw[at : at + step]))
@@ -294,7 +294,7 @@ def test_random_chunks_never_split_the_decoders(parts: list[bytes], step: int) -
 
 @given(st.lists(st.binary(min_size=1, max_size=200), max_size=10))
 def test_what_we_encode_h11_decodes(pieces: list[bytes]) -> None:
-    raw = b"".join(map(http1.chunk, pieces)) + http1.LAST_CHUNK
+    raw = b"".join(map(chunked.chunk, pieces)) + chunked.LAST_CHUNK
     assert h11_decodes(raw) == (b"".join(pieces), True, b"")
 
 
