@@ -23,7 +23,7 @@ from penstock.core.settle import settle
 from penstock.model.errors import NotTheSlot
 from penstock.model.sandbox import EgressRules
 from penstock.node.egress_rules import CLOSED, Egress, compile_rules
-from penstock.node.linux import egress, links, netns
+from penstock.node.linux import egress, links, netns, userns
 from penstock.node.linux.claims import Block, Claims, HostFull
 from penstock.node.linux.departures import Departures
 from penstock.node.linux.dns import DnsProxy
@@ -286,7 +286,7 @@ class LinuxNetwork:
             nsid = links.namespace_id(self._wires.route, netns_fd)
             if link is None or nsid < 0 or link.peer_nsid != nsid:
                 raise NotTheSlot("the process is not in its network slot", which=str(number), why=f"pid {pid}")
-            if _uid_base(pid) != uid_base:
+            if userns.base_of(pid) != uid_base:
                 raise NotTheSlot("the process runs under other ids", which=str(number), why=f"pid {pid}")
             egress.introduce(self._wires.tables, links.link_name(number), address)
         except BaseException:
@@ -397,9 +397,3 @@ class LinuxNetwork:
 def _close_late(building: Future[int]) -> None:
     if not building.cancelled() and building.exception() is None:
         os.close(building.result())
-
-
-def _uid_base(pid: int) -> int:
-    with open(f"/proc/{pid}/uid_map") as file:
-        fields = file.readline().split()
-    return int(fields[1]) if len(fields) == 3 and fields[0] == "0" else -1

@@ -111,3 +111,10 @@ def _reap(child: int) -> None:
         os.waitpid(child, 0)
     except ChildProcessError:
         pass  # SIGCHLD is ignored here: the kernel reaped it
+
+
+def base_of(pid: int) -> int:
+    """The outer id of root in the namespace of process `pid`; -1 when its map is none of ours. Raises OSError."""
+    with open(f"/proc/{pid}/uid_map") as file:
+        fields = file.readline().split()
+    return int(fields[1]) if len(fields) == 3 and fields[0] == "0" else -1
