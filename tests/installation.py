@@ -28,8 +28,9 @@ class Installation:
     daemon: subprocess.Popen[str] | None = None
     _lines: queue.SimpleQueue[str | None] = field(default_factory=queue.SimpleQueue)
 
-    def up(self, *, on_stop: str = "drain") -> Installation:
-        argv = [PENSTOCK, "up", "--data", str(self.data), "--on-stop", on_stop]
+    def up(self, *, on_stop: str | None = "drain") -> Installation:
+        """`on_stop` None: as the environment and the settings say."""
+        argv = [PENSTOCK, "up", "--data", str(self.data), *(("--on-stop", on_stop) if on_stop else ())]
         argv += ["--api", "127.0.0.1:0", "--ingress", "127.0.0.1:0", "--tls", "127.0.0.1:0", *self.options]
         self.daemon = subprocess.Popen(
             argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

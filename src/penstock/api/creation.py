@@ -264,7 +264,7 @@ async def _ready(front: Front, sandbox: SandboxId) -> SandboxSpec:
     if status is not None and status.phase is Phase.READY and spec is not None:
         return spec
     why = status.because if status is not None else "it is gone"
-    if status is not None and status.kill_reason is KillReason.START_REFUSED:
+    if status is not None and status.kill_reason in (KillReason.START_REFUSED, KillReason.NODE_SHUTDOWN):
         raise Unavailable("Failed to place sandbox", which=sandbox, why=why, retry_after_s=1)
     raise Internal("Failed to place sandbox", which=sandbox, why=why)
 

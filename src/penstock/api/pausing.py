@@ -261,7 +261,7 @@ async def _started(front: Front, asking: Asking) -> None:
     if found.state is State.PARKED:
         status = front.roster.statuses.get(asking.sandbox)
         why = status.because if status is not None else ""
-        if status is None or status.kill_reason is KillReason.START_REFUSED:
+        if status is None or status.kill_reason in (KillReason.START_REFUSED, KillReason.NODE_SHUTDOWN):
             raise Unavailable("Failed to resume the sandbox", which=asking.sandbox, why=why, retry_after_s=2)
         raise Internal("Failed to resume the sandbox", which=asking.sandbox, why=why)
 

@@ -211,6 +211,33 @@ class Gate:
             self._run = None
         return DrainResult(forced=tuple(hold.label for hold in run.forced), took_s=loop.time() - run.began_at)
 
+    async def expel(self, kind: str, *, within_s: float) -> None:
+        """Force the holds of one kind out and leave the others alone. Call while cordoned, or more may come.
+
+        Raises StillHeld when one is held after `within_s`; else, these being gone, an ExceptionGroup of what callbacks
+        raised.
+        """
+        loop = asyncio.get_running_loop()
+        until = loop.time() + within_s
+        errors: list[Exception] = []
+        holds = self.held(kind)
+        self._forced += len(holds)
+        calls = []
+        for hold in holds:
+            hold.notice._give()
+            call = loop.create_task(self._call(hold, list(hold._on_force), until, errors), name=f"force {hold}")
+            call.add_done_callback(lambda _: self._changed.fire())
+            calls.append(call)
+        gone = await self._changed.wait_for(lambda: not any(hold in self._holds for hold in holds), until=until)
+        # As in `_force_all`: settled callbacks end at most CANCEL_S after their bound.
+        await self._changed.wait_for(lambda: all(call.done() for call in calls), until=until + CANCEL_S)
+        group = ExceptionGroup(f"force of {kind} out of gate {self.name}", errors) if errors else None
+        if not gone:
+            left = tuple(hold for hold in holds if hold in self._holds)
+            raise StillHeld(self.name, left, within_s=within_s) from group
+        if group is not None:
+            raise group
+
     def statistics(self) -> GateStatistics:
         run = self._run
         return GateStatistics(

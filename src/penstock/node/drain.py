@@ -141,6 +141,11 @@ class Drain:
         self._asked += 1
         self._means.changed.fire()
 
+    @property
+    def _is_ordered(self) -> bool:
+        """By the node's spec, and so to be told of there; also when a stop goes on beside it, or was forced by it."""
+        return self._stop is None or (self._spec is not None and self._spec.drain is not None)
+
     def _wanted(self) -> DrainOrder | None:
         """The order in force: a stop's, but no later than the node's own drain would end."""
         ordered = self._spec.drain if self._spec is not None else None
@@ -231,7 +236,7 @@ class Drain:
 
     def _decide(self, outcome: Outcome) -> None:
         self.outcomes = [each for each in self.outcomes if each.sandbox != outcome.sandbox] + [outcome]
-        if self._order is not None and self._stop is None:
+        if self._order is not None and self._is_ordered:
             self._tell_outcome(self._order.epoch, outcome)
 
     def _stage(self, order: DrainOrder) -> tuple[DrainStage, float | None]:
@@ -341,13 +346,14 @@ class Drain:
             builds=len(gate.held("build")),
             live=len(gate.held("sandbox")),
             quarantined=quarantined,
-            waiting=self._waiting(),
+            waiting=self.left(),
             fates=dict(Counter(each.fate.value for each in self.outcomes)),
             forced_number=self._forced_number,
             force_errors=self._force_errors,
         )
 
-    def _waiting(self) -> tuple[Waiting, ...]:
+    def left(self) -> tuple[Waiting, ...]:
+        """Who is waited for now, at most WAITING_SHOWN_MAX of them."""
         left = sorted((name, told) for name, told in self._told.items() if name not in self._stuck)[:WAITING_SHOWN_MAX]
         return tuple(one.climb.waiting(one.id, f"{one.phase.value}: {one.status.because}") for _, (one, _) in left)
 
@@ -355,7 +361,7 @@ class Drain:
         if report == self.report:
             return
         self.report = report
-        if self._stop is None:
+        if self._is_ordered:
             self._tell(report)
         self._means.changed.fire()
 

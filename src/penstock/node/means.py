@@ -42,6 +42,7 @@ class NodeSettings(msgspec.Struct, frozen=True, kw_only=True):
     unwind_within_s: float = 15.0  # a whole release, before it goes to quarantine
     sweep_every_s: float = 30.0
     build_grace_s: float = 15.0  # after the last build of a drain, for those who poll its status
+    build_stop_s: float = 15.0  # what a keeping stop waits for builds, before it forces them
     close_within_s: float = 10.0  # what a keeping stop waits for starts and kills in progress
 
 

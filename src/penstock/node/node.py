@@ -28,17 +28,16 @@ from penstock.model.sandbox import Phase, SandboxSpec, SandboxStatus
 from penstock.model.template import Build
 from penstock.node.adopt import adopt
 from penstock.node.chronicle import Chronicle
-from penstock.node.create import pooled_limits
 from penstock.node.drain import Drain
 from penstock.node.expiry import Expiry
 from penstock.node.facts import Machine, NodeStatistics, statistics
 from penstock.node.images import Images
 from penstock.node.life import Explained
 from penstock.node.means import Means, NodeSettings
-from penstock.node.ports import Disk, Ports, Slot
-from penstock.node.reap import DISK_RECORD, SLOT_RECORD, Leak, Sweeper
+from penstock.node.pools import make_pools
+from penstock.node.ports import Ports
+from penstock.node.reap import Leak, Sweeper
 from penstock.node.report import Reporter
-from penstock.node.slots import Pool
 from penstock.node.supervisor import Supervisor
 from penstock.node.sync import Sync
 from penstock.node.tally import Tally
@@ -167,12 +166,39 @@ class Node:
         assert self._failed is not None
         raise self._failed
 
-    async def close(self, closing: Closing, *, within_s: float | None = 30.0) -> tuple[Outcome, ...]:
-        """Stop as told. `within_s` bounds a drain until force (None: as long as it takes); force has its own bound.
+    async def empty(
+        self, closing: Closing, *, within_s: float | None = 30.0, propagation_s: float = 0.0
+    ) -> tuple[Outcome, ...]:
+        """End every sandbox, and admit none: the first half of a close that keeps none, while others can still ask.
 
-        KEEP waits for starts and kills under way (`close_within_s`), then leaves. DRAIN and FORCE end every sandbox,
-        then remove pools and router; what cannot be verified gone stays recorded for the next open. Idempotent.
-        Returns what was forced or could not be verified gone.
+        `within_s` bounds a drain until force (None: as long as it takes), after `propagation_s` in which nobody is
+        asked to leave; force has its own bound. Returns what was forced or could not be verified gone. If cancelled,
+        what was asked of sandboxes stays asked.
+        """
+        assert closing is not Closing.KEEP, "a close that keeps sandboxes empties nothing"
+        self._sync.close()
+        self.gate.cordon("the node stops")
+        now = self._clock.wall()
+        begin = now + propagation_s
+        order = DrainOrder(
+            at=now,
+            epoch=self.drain.epoch + 1,
+            reason="the node stops",
+            soft_at=None if within_s is None else begin,
+            hard_at=None if within_s is None else begin + within_s,
+            propagation_s=propagation_s,
+            force_number=1 if closing is Closing.FORCE else 0,
+        )
+        self.drain.stop(order)
+        await self.drain.ended()
+        return tuple(each for each in self.drain.outcomes if each.fate in (Fate.FORCE, Fate.QUARANTINE))
+
+    async def close(self, closing: Closing, *, within_s: float | None = 30.0) -> tuple[Outcome, ...]:
+        """Stop as told; `within_s` as for `empty`, which it does first unless that was done.
+
+        KEEP waits for starts and kills under way (`close_within_s`), gives builds `build_stop_s` and then forces them,
+        and leaves. DRAIN and FORCE end every sandbox, then remove pools and router; what cannot be verified gone stays
+        recorded for the next open. Idempotent. Returns what was forced or could not be verified gone.
         """
         self._sync.close()
         self.gate.cordon("the node stops")
@@ -181,7 +207,7 @@ class Node:
             if closing is Closing.KEEP:
                 await self._settle()
             else:
-                forced = await self._empty(closing, within_s)
+                forced = await self.empty(closing, within_s=within_s)
         finally:
             await self._leave(closing)
         return forced
@@ -189,6 +215,12 @@ class Node:
     def force(self) -> None:
         """End every sandbox now: turns a stop under way into force. Returns at once; `close` waits for the end."""
         self.drain.force()
+
+    @property
+    def draining(self) -> DrainReport | None:
+        """How far the drain or the stop under way has got; of the last one when none is."""
+        report = self.drain.report
+        return None if report is None else msgspec.structs.replace(report, waiting=self.drain.left())
 
     def living(self) -> list[SandboxSpec]:
         """Specs of the sandboxes that serve here now, as far as their specs were seen."""
@@ -218,28 +250,7 @@ class Node:
 
     def _make_means(self) -> Means:
         settings, ports = self.settings, self.ports
-        numbers = range(settings.slot_first, settings.slot_first + settings.slot_count)
-        within_s = settings.step_within_s
-        slots: Pool[Slot] = Pool(
-            kind=SLOT_RECORD,
-            numbers=numbers,
-            make=ports.network.create_slot,
-            destroy=lambda number: ports.network.destroy_slot(number, within_s=within_s),
-            files=ports.files,
-            crew=self._crew,
-            rng=self._rng,
-            ready_target=settings.slots_ready,
-        )
-        disks: Pool[Disk] = Pool(
-            kind=DISK_RECORD,
-            numbers=numbers,
-            make=lambda number: ports.disks.create(f"{DISK_RECORD}{number}", pooled_limits()),
-            destroy=lambda number: ports.disks.remove(f"{DISK_RECORD}{number}", within_s=within_s),
-            files=ports.files,
-            crew=self._crew,
-            rng=self._rng,
-            ready_target=settings.disks_ready,
-        )
+        slots, disks = make_pools(settings, ports, self._crew, self._rng)
         return Means(
             settings=settings,
             ports=ports,
@@ -339,6 +350,7 @@ class Node:
 
     async def _settle(self) -> None:
         """Wait until no start and no end is under way; a start that still waits for its turn stays bound."""
+        await self._stop_builds()
         try:
             async with within(self.settings.close_within_s, "starts and ends under way"):
                 await self._means.changed.wait_for(
@@ -348,20 +360,13 @@ class Node:
         except DeadlinePassed:
             pass  # Safe: what is half made or half gone is recorded, and the next open undoes or finishes it.
 
-    async def _empty(self, closing: Closing, within_s: float | None) -> tuple[Outcome, ...]:
-        """End every sandbox; returns when each is verified gone, or in quarantine past its bound."""
-        now = self._clock.wall()
-        order = DrainOrder(
-            at=now,
-            epoch=self.drain.epoch + 1,
-            reason="the node stops",
-            soft_at=None if within_s is None else now,
-            hard_at=None if within_s is None else now + within_s,
-            force_number=1 if closing is Closing.FORCE else 0,
-        )
-        self.drain.stop(order)
-        await self.drain.ended()
-        return tuple(each for each in self.drain.outcomes if each.fate in (Fate.FORCE, Fate.QUARANTINE))
+    async def _stop_builds(self) -> None:
+        """A build does not outlive its daemon: it may end within its grace, then it is forced, and says so itself."""
+        try:
+            async with within(self.settings.build_stop_s, "builds under way"):
+                await self._means.changed.wait_for(lambda: not self.gate.held("build"), until=None)
+        except DeadlinePassed:
+            await self.gate.expel("build", within_s=self.settings.close_within_s)
 
     async def _leave(self, closing: Closing) -> None:
         """Give everything of this process back, even when one part fails; then raise what failed."""

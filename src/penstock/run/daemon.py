@@ -7,15 +7,13 @@ and all their errors come back as one group. Nothing here decides: it chooses ad
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
 import random
 from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeVar, cast
 
-import msgspec
 from prometheus_client import CollectorRegistry
 from structlog import get_logger
 
@@ -28,29 +26,27 @@ from penstock.control.controller import Controller
 from penstock.control.drains import foresee
 from penstock.core.clock import SystemClock
 from penstock.core.crew import Crew
-from penstock.core.deadlines import within
 from penstock.feed.local import LocalReports, LocalSource
 from penstock.feed.server import FeedServer
-from penstock.feed.view import View
 from penstock.model import keys
+from penstock.model.drain import Fate, Outcome
 from penstock.model.errors import Unavailable
 from penstock.model.ids import NodeId
-from penstock.model.node import NodeStatus
-from penstock.model.sandbox import Isolation, SandboxSpec, SandboxStatus
-from penstock.model.snapshot import Snapshot
-from penstock.model.team import ApiKey, Team, TeamLimits
-from penstock.model.template import Build, Template
+from penstock.model.sandbox import Isolation
+from penstock.model.team import TeamLimits
 from penstock.node.facts import Machine
 from penstock.node.means import NodeSettings
 from penstock.node.node import Closing, Node
 from penstock.node.samples import Samples
-from penstock.run import children, furnish, metrics
+from penstock.run import children, furnish, metrics, progress
+from penstock.run.closing import CLOSER_S, Closers, Stopped, describe
 from penstock.run.datafolder import DataFolder
 from penstock.run.edges import Edges
 from penstock.run.floor import DiskFloor
 from penstock.run.front_server import FrontServer
 from penstock.run.journal import STARTED, STOPPING, Journal
 from penstock.run.settings import OnStop, Settings, host_port
+from penstock.run.views import open_views
 from penstock.store.sqlite import SqliteLog
 from penstock.store.store import Store
 
@@ -61,7 +57,8 @@ Say = Callable[[str], None]
 
 NODE: Final = NodeId("local")
 FEED_PREFIXES: Final = (keys.SANDBOX_SPEC, keys.SANDBOX_STATUS)  # what the ingress may read
-CLOSER_S: Final = 20.0  # bound of each closer but the drain, which has its own
+NODE_S: Final = 90.0  # bound of closing the node beyond its drain: two pools, the network, and their threads
+STOPPING_RETRY_S: Final = 5.0
 BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -75,16 +72,19 @@ class Daemon:
         self._failure: BaseException | None = None
         self._node: Node | None = None
         self._api: Front | None = None
-        self._ready = False
+        self._ready = self._journaled = False
         self._inherited = True  # until we know better
         self.stopping = False
+        self._floor = DiskFloor(folder.path, settings.disk_free_min)
         self._clock = SystemClock()
         self._rng = random.SystemRandom()
         self._registry = CollectorRegistry()
         self._crew = Crew("daemon", on_error=self._part_failed)
-        self._forced: list[str] = []
+        self._outcomes: dict[str, Outcome] = {}  # of sandboxes that a stop had to force, or could not end
         self._keepers: list[asyncio.Task[None]] = []
-        self._closers: list[tuple[str, Callable[[OnStop], Awaitable[None]]]] = []
+        self._closers: Closers[OnStop] = Closers()
+        self._closes = self._closers.add
+        self._stopped: asyncio.Future[Stopped] | None = None
 
     async def start(self, *, serve: bool = True) -> None:
         """Everything up, or an error with everything closed again, as `abandon` does.
@@ -101,8 +101,7 @@ class Daemon:
 
     async def abandon(self) -> None:
         """Close after a start that failed: what an earlier daemon left runs on, else nothing is left."""
-        with contextlib.suppress(BaseExceptionGroup):
-            await self.stop(OnStop.KEEP if self._inherited else OnStop.FORCE)
+        await self.stop(OnStop.KEEP if self._inherited else OnStop.FORCE)
 
     async def _start_owner(self, *, serve: bool) -> None:
         self.folder.lock()
@@ -136,7 +135,7 @@ class Daemon:
         assert self._node is not None
         taken_up = sum(self._node.statistics().sandboxes.values())
         await self._journal.write(STARTED, before, version=__version__, sandboxes=str(taken_up))
-        self._closes("journal", self._tell_stopping)  # first of all that is closed from here on
+        self._journaled = True
 
     async def _tell_stopping(self, on_stop: OnStop) -> None:
         why = f", because a part of it failed: {self._failure}" if self._failure is not None else ""
@@ -151,30 +150,73 @@ class Daemon:
         self._announce()
         self._ready = True
 
-    async def stop(self, on_stop: OnStop) -> list[str]:
-        """Close everything, last opened first, each within its bound. Returns what was forced, a line each.
+    async def stop(self, on_stop: OnStop) -> Stopped:
+        """Empty the node, unless sandboxes are kept, and close everything, last opened first, each within its bound.
 
-        Raises one ExceptionGroup with all closers' errors when any failed; the others have run all the same.
+        While sandboxes end the API answers on: creates with 503, and `forceStop` ends the waiting. Raises nothing of
+        what failed: it is in what is returned. A second call joins the first. If cancelled, what is left is forced and
+        every closer runs all the same, before the cancellation goes on.
         """
+        if self._stopped is not None:
+            return cast(Stopped, await asyncio.shield(self._stopped))
+        stopped = self._stopped = asyncio.get_running_loop().create_future()
         self._ready, self.stopping = False, True
+        errors: list[Exception] = []
+        try:
+            if self._journaled:
+                await self._tell_stopping(on_stop)
+            if self._node is not None and on_stop is not OnStop.KEEP:
+                await self._empty(self._node, on_stop)
+        except asyncio.CancelledError:
+            self._end(stopped, await self._close(OnStop.KEEP if on_stop is OnStop.KEEP else OnStop.FORCE))
+            raise
+        except Exception as error:
+            error.add_note("while sandboxes were to end")
+            errors.append(error)
+        return self._end(stopped, [*errors, *await self._close(on_stop)])
+
+    async def _close(self, on_stop: OnStop) -> list[Exception]:
         for keeper in self._keepers:  # first of all: what we end now must not be started anew
             keeper.cancel()
-        errors: list[Exception] = []
-        while self._closers:
-            name, close = self._closers.pop()
-            try:
-                await close(on_stop)
-            except Exception as error:
-                error.add_note(f"while closing the {name}")
-                errors.append(error)
-        if errors:
-            raise ExceptionGroup("the daemon did not close cleanly", errors)
-        return self._forced
+        return await self._closers.run(on_stop)
+
+    def _end(self, stopped: asyncio.Future[Stopped], errors: list[Exception]) -> Stopped:
+        outcomes = self._outcomes.values()
+        told = Stopped(
+            forced=tuple(f"{each.sandbox}: {each.because}" for each in outcomes if each.fate is not Fate.QUARANTINE),
+            stuck=tuple(f"{each.sandbox}: {each.because}" for each in outcomes if each.fate is Fate.QUARANTINE),
+            errors=tuple(describe(error) for error in errors),
+        )
+        stopped.set_result(told)
+        return told
+
+    async def _empty(self, node: Node, on_stop: OnStop) -> None:
+        telling = self._crew.spawn(progress.tell(lambda: node.draining, self._say, self._clock), name="progress")
+        try:
+            outcomes = await node.empty(
+                Closing(on_stop.value),
+                within_s=self.settings.drain_s or None,
+                propagation_s=self.settings.drain_propagation_s,
+            )
+            self._outcomes = {each.sandbox: each for each in outcomes}
+        finally:
+            telling.cancel()
 
     def escalate(self) -> None:
         """Turn a drain under way into force. A no-op otherwise."""
         if self._node is not None:
             self._node.force()
+
+    def _check_room(self) -> None:
+        if self.stopping:
+            raise Unavailable(
+                "no sandbox is started here any more",
+                which=NODE,
+                why="the node stops",
+                now="retry when it is back",
+                retry_after_s=STOPPING_RETRY_S,
+            )
+        self._floor.check()
 
     @property
     def failure(self) -> BaseException | None:
@@ -184,7 +226,7 @@ class Daemon:
 
     async def _start_node(self) -> None:
         settings = self.settings
-        node = self._node = Node(
+        node = Node(
             settings=NodeSettings(
                 id=NODE,
                 installation=self.folder.installation,
@@ -208,13 +250,14 @@ class Daemon:
             token_seed=self.folder.seed,
         )
         await node.open()
-        self._closes("node", self._close_node)
+        self._node = node
+        self._closes("node", self._close_node, within_s=NODE_S)
         self._crew.spawn(self._watch("node", node.run()), name="node")
         metrics.NodeCollector(self._registry, node.statistics)
         self._crew.spawn(metrics.measure_lag(self._registry), name="loop lag")
 
     async def _start_front(self, controller: Controller) -> None:
-        views = await self._views()
+        views = await open_views(self._source, self._crew)
         roster = Roster(views["specs"], views["statuses"], views["snapshots"])
         assert self._node is not None
         samples = Samples(
@@ -243,33 +286,17 @@ class Daemon:
             seed=self.folder.seed,
             domain=self._domain(),
             admin_token=self.folder.admin_token,
-            check_room=DiskFloor(self.folder.path, self.settings.disk_free_min).check,
+            check_room=self._check_room,
             limits=TeamLimits(
                 sandboxes_max=self.settings.team_sandboxes_max, timeout_s_max=self.settings.team_timeout_s_max
             ),
         )
         self._front.start(build(front, self._registry, ready=lambda: self._ready), self._crew)
 
-    async def _views(self) -> dict[str, View[Any]]:
-        kinds: dict[str, tuple[str, type[Any]]] = {
-            "specs": (keys.SANDBOX_SPEC, SandboxSpec),
-            "statuses": (keys.SANDBOX_STATUS, SandboxStatus),
-            "templates": (keys.TEMPLATE, Template),
-            "builds": (keys.BUILD, Build),
-            "keys": (keys.API_KEY, ApiKey),
-            "teams": (keys.TEAM, Team),
-            "nodes": (keys.NODE_STATUS, NodeStatus),
-            "snapshots": (keys.SNAPSHOT, Snapshot),
-        }
-        views: dict[str, View[Any]] = {}
-        for name, (prefix, kind) in kinds.items():
-            views[name] = View(self._source, prefix, msgspec.json.Decoder(kind).decode)
-            await views[name].start(self._crew)
-        return views
-
     async def _start_ingress(self) -> None:
         self._feed = FeedServer(self._source, self.folder.feed_socket, prefixes=FEED_PREFIXES, meet=self._wake)
         await self._feed.serve(self._crew)
+        self._closes("feed", lambda _: _done(lambda: self.folder.feed_socket.unlink(missing_ok=True)))
         if self._ingress is not None and not self.folder.ingress_file.exists():
             self._say("the ingress that runs cannot say any more where it listens; ending it")
             await asyncio.to_thread(children.end, self._ingress, term_s=CLOSER_S)
@@ -338,9 +365,6 @@ class Daemon:
     def _keep(self, name: str, keeping: Coroutine[Any, Any, None]) -> None:
         self._keepers.append(self._crew.spawn(keeping, name=f"keep the {name}"))
 
-    def _closes(self, name: str, close: Callable[[OnStop], Awaitable[None]]) -> None:
-        self._closers.append((name, close))
-
     async def _close_ingress(self, on_stop: OnStop) -> None:
         if on_stop is not OnStop.KEEP and self._ingress is not None:
             await asyncio.to_thread(children.end, self._ingress, term_s=CLOSER_S)
@@ -348,16 +372,16 @@ class Daemon:
 
     async def _close_node(self, on_stop: OnStop) -> None:
         assert self._node is not None
+        # Sandboxes were ended before, but for those of a start that failed or a stop that was cancelled.
         outcomes = await self._node.close(Closing(on_stop.value), within_s=self.settings.drain_s or None)
-        self._forced += [f"{each.sandbox}: {each.fate.value}: {each.because}" for each in outcomes]
+        self._outcomes = {each.sandbox: each for each in outcomes}
 
     async def _close_edges(self, on_stop: OnStop) -> None:
         await self._edges.close(destroy=on_stop is not OnStop.KEEP)
 
     async def _end_tasks(self) -> None:
         self._crew.cancel_all()
-        async with within(CLOSER_S, "the end of the daemon's tasks"):
-            await self._crew.__aexit__(None, None, None)
+        await self._crew.__aexit__(None, None, None)
 
     async def _watch(self, name: str, part: Awaitable[None]) -> None:
         try:

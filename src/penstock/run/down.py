@@ -24,8 +24,9 @@ PAUSE_S: Final = 0.1
 
 
 def main(data: Path, mode: str, *, progress: Callable[[str], None]) -> int:
-    """Exit code 0: stopped as asked, nothing failed. With a dead daemon, `drain` and `force` clear what it left.
+    """Exit code 0: stopped as asked, nothing failed, and nothing was forced unless that was asked.
 
+    With a dead daemon, `drain` and `force` clear what it left.
     While a daemon starts on the folder, or another `down` clears it, this one waits and then does what is left to do.
     Raises NotAnInstallation, or FolderInUse when that takes longer than BUSY_S.
     """
@@ -91,14 +92,14 @@ async def _clear(data: Path, mode: str, progress: Callable[[str], None]) -> int:
     folder = DataFolder(str(data)).open()
     folder.lock()
     folder.unlock()
-    daemon = Daemon(settings, folder, lambda _: None)
+    daemon = Daemon(settings, folder, progress if mode == OnStop.DRAIN.value else lambda _: None)
     progress("the daemon is not running; clearing what it left")
     await daemon.start(serve=False)
-    try:
-        await daemon.stop(OnStop(mode))
-    except ExceptionGroup as group:
-        for error in group.exceptions:
-            progress(f"stop: {'; '.join([*getattr(error, '__notes__', []), str(error)])}")
-        return 1
-    progress("stopped. Nothing of this installation is running")
-    return 0
+    stopped = await daemon.stop(OnStop(mode))
+    for line in stopped.lines():
+        progress(line)
+    if stopped.stuck or stopped.errors:
+        progress(f"not everything is verified gone: see penstock leaks --data {data}")
+    else:
+        progress("stopped. Nothing of this installation is running")
+    return stopped.code(force_was_asked=mode == OnStop.FORCE.value)

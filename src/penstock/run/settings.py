@@ -23,6 +23,9 @@ from penstock.node.linux.claims import SLOTS_PER_BLOCK, blocks_in
 
 DATA_DEFAULT: Final = "/var/lib/penstock"
 ENV_PREFIX: Final = "PENSTOCK_"
+SHUTDOWN_DRAIN_TIMEOUT: Final = "SHUTDOWN_DRAIN_TIMEOUT"  # seconds; a stop drains for that long, 0: as long as it takes
+FORCE_STOP: Final = "FORCE_STOP"  # yes: a stop forces
+DRAIN_PROPAGATION_DELAY: Final = "DRAIN_PROPAGATION_DELAY"  # seconds
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 TEAM_TIMEOUT_S_MAX: Final = 366 * 86400.0  # an end of a sandbox must be a date
 _DOMAIN: Final = re.compile(r"(?i:[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)(\.(?i:[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?))*")
@@ -47,7 +50,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     tls_key: str = ""
     domain: str = "sbx.localhost"
     on_stop: OnStop | None = None  # None: drain on a terminal, keep as a service
-    drain_s: float = 30.0  # bound of a drain at stop; then what is left is forced
+    drain_s: float = 30.0  # bound of a drain at stop; then what is left is forced. 0: as long as it takes
+    drain_propagation_s: float = 0.0  # how long a stop's drain asks nobody to leave, so that readers learn of it first
     slots_ready: int = 128  # slots and disks kept prepared: 0.25 MiB and 4 descriptors each
     slots_max: int = 1024  # sandboxes on this node at once
     starts_max: int = 6  # starts that run at once; more wait in order
@@ -61,7 +65,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     log_level: str = "info"
 
 
-_SECONDS: Final = frozenset({"drain_s", "team_timeout_s_max"})
+_SECONDS: Final = frozenset({"drain_s", "drain_propagation_s", "team_timeout_s_max"})
 _BYTES: Final = frozenset({"disk_free_min"})
 
 
@@ -74,6 +78,7 @@ def load(given: Mapping[str, Any], *, environ: Mapping[str, str] | None = None, 
     values = {name: value for name, value in given.items() if value is not None}
     data = str(values.get("data") or environ.get(f"{ENV_PREFIX}DATA") or DATA_DEFAULT)
     merged = _from_file(Path(config) if config else Path(data) / "penstock.toml", must_exist=config is not None)
+    merged |= _from_aliases(environ)
     for name in Settings.__struct_fields__:
         text = environ.get(ENV_PREFIX + name.upper())
         if text is not None:
@@ -94,6 +99,23 @@ def host_port(text: str, *, field: str) -> tuple[str, int]:
     if not colon or not host or not port.isdigit() or int(port) > 65535:
         raise Invalid(field, f"{text!r} is not HOST:PORT", now="write it as 127.0.0.1:3000 (port 0 takes a free one)")
     return host.strip("[]"), int(port)
+
+
+def _from_aliases(environ: Mapping[str, str]) -> dict[str, object]:
+    """What other sandbox platforms' variables ask of a stop. A bound for a drain means that there is one."""
+    found: dict[str, object] = {}
+    if environ.get(SHUTDOWN_DRAIN_TIMEOUT):
+        found |= {
+            "on_stop": OnStop.DRAIN,
+            "drain_s": _parse("drain_s", environ[SHUTDOWN_DRAIN_TIMEOUT], SHUTDOWN_DRAIN_TIMEOUT),
+        }
+    if environ.get(DRAIN_PROPAGATION_DELAY):
+        found["drain_propagation_s"] = _parse(
+            "drain_propagation_s", environ[DRAIN_PROPAGATION_DELAY], DRAIN_PROPAGATION_DELAY
+        )
+    if environ.get(FORCE_STOP) and _parse("uplink", environ[FORCE_STOP], FORCE_STOP):
+        found["on_stop"] = OnStop.FORCE
+    return found
 
 
 def _from_file(path: Path, *, must_exist: bool) -> dict[str, Any]:
@@ -167,8 +189,9 @@ def _check(settings: Settings) -> None:
         value = getattr(settings, name)
         if not least <= value <= most:
             raise Invalid(name, f"{value!r} is not between {least} and {most}")
-    if not 0 < settings.drain_s <= 24 * 3600:
-        raise Invalid("drain_s", f"{settings.drain_s} is not between 0 and a day")
+    for name in ("drain_s", "drain_propagation_s"):
+        if not 0 <= getattr(settings, name) <= 24 * 3600:
+            raise Invalid(name, f"{getattr(settings, name)} is not between 0 and a day")
     if not 0 < settings.team_timeout_s_max <= TEAM_TIMEOUT_S_MAX:
         raise Invalid("team_timeout_s_max", f"{settings.team_timeout_s_max} is not between 0 and 366 days")
     if settings.log_level not in LOG_LEVELS:

@@ -17,15 +17,17 @@ from typing import Any, Final
 import uvloop
 
 from penstock.run import door, logs
+from penstock.run.closing import Stopped
 from penstock.run.daemon import Daemon
 from penstock.run.datafolder import DataFolder
 from penstock.run.settings import OnStop, Settings
 
+NEWS_MAX: Final = 1000  # lines that wait for a visitor at the door; beyond it he misses some
 GC_THRESHOLDS: Final = (20_000, 20, 20)
 
 
 def main(settings: Settings) -> int:
-    """Run until told to stop. Exit code 0: a clean stop with nothing forced."""
+    """Run until told to stop. Exit code 0: nothing was forced, and nothing failed."""
     logs.configure(settings.log_level)
     # Four descriptors for each slot and disk, prepared or in use: a shell's usual 1,024 would end with 200 sandboxes.
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -41,12 +43,12 @@ class _Up:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._folder = DataFolder(settings.data).open()
-        self._daemon = Daemon(settings, self._folder, say)
+        self._daemon = Daemon(settings, self._folder, self._say)
         self._orders: asyncio.Queue[OnStop] = asyncio.Queue()
-        self._stopped: asyncio.Future[int] | None = None
+        self._visitors: set[asyncio.Queue[str | None]] = set()  # at the door: they hear of a stop what we say of it
+        self._stopped: Stopped | None = None
 
     async def run(self) -> int:
-        self._stopped = asyncio.get_running_loop().create_future()
         self._watch_signals()
         starting = asyncio.ensure_future(self._daemon.start())
         ordered = asyncio.ensure_future(self._orders.get())
@@ -82,17 +84,20 @@ class _Up:
             ordered.cancel()
             say(f"a part of the daemon failed ({self._daemon.failure}); stopping, sandboxes go on running")
         say(_intention(on_stop, self._settings))
-        try:
-            await self._daemon.stop(on_stop)
-        except ExceptionGroup as group:
-            code = 1
-            for error in group.exceptions:
-                say(f"stop: {'; '.join([*getattr(error, '__notes__', []), str(error)])}")
-        say(_farewell(on_stop, self._settings))
-        if self._stopped is not None and not self._stopped.done():
-            self._stopped.set_result(code)
-        await asyncio.sleep(0)  # the door's visitor, if any, is told before the loop ends
-        return code
+        stopped = self._stopped = await self._daemon.stop(on_stop)
+        for line in stopped.lines():
+            self._say(line)
+        say(_farewell(on_stop, self._settings, stopped))
+        for visitor in self._visitors:
+            visitor.put_nowait(None)
+        await asyncio.sleep(0)  # the door's visitors, if any, are told before the loop ends
+        return code or stopped.code()
+
+    def _say(self, text: str) -> None:
+        say(text)
+        for visitor in self._visitors:
+            if visitor.qsize() < NEWS_MAX:
+                visitor.put_nowait(text)
 
     def _watch_signals(self) -> None:
         loop = asyncio.get_running_loop()
@@ -102,7 +107,7 @@ class _Up:
     def _signalled(self) -> None:
         on_stop = self._settings.on_stop or (OnStop.DRAIN if sys.stdin.isatty() else OnStop.KEEP)
         if self._orders.qsize() or self._daemon.stopping:
-            say("again: forcing")
+            self._say("again: forcing")
             self._daemon.escalate()
         else:
             self._orders.put_nowait(on_stop)
@@ -115,12 +120,16 @@ class _Up:
             yield {"error": f"not understood: {asked}"}
             return
         yield {"note": _intention(on_stop, self._settings)}
+        visitor: asyncio.Queue[str | None] = asyncio.Queue()
+        self._visitors.add(visitor)
         if self._daemon.stopping and on_stop is OnStop.FORCE:
             self._daemon.escalate()
         self._orders.put_nowait(on_stop)
+        while (text := await visitor.get()) is not None:
+            yield {"note": text}
         assert self._stopped is not None
-        code = await asyncio.shield(self._stopped)
-        yield {"done": code, "note": _farewell(on_stop, self._settings)}
+        code = self._stopped.code(force_was_asked=on_stop is OnStop.FORCE)
+        yield {"done": code, "note": _farewell(on_stop, self._settings, self._stopped)}
 
     def _greet(self) -> None:
         daemon = self._daemon
@@ -150,15 +159,21 @@ def _settle_heap() -> None:
 def _intention(on_stop: OnStop, settings: Settings) -> str:
     return {
         OnStop.KEEP: "stopping the daemon; sandboxes go on running",
-        OnStop.DRAIN: f"draining: sandboxes have {settings.drain_s:.0f} s, then they are forced",
+        OnStop.DRAIN: (
+            f"draining: sandboxes have {settings.drain_s:.0f} s, then they are forced"
+            if settings.drain_s
+            else "draining: until every sandbox has ended by itself; a second signal forces"
+        ),
         OnStop.FORCE: "forcing: sandboxes are killed now",
     }[on_stop]
 
 
-def _farewell(on_stop: OnStop, settings: Settings) -> str:
+def _farewell(on_stop: OnStop, settings: Settings, stopped: Stopped) -> str:
     if on_stop is OnStop.KEEP:
         return (
             "stopped. Sandboxes, ingress and zygote go on running; "
             f"end them with: penstock down --data {settings.data} --force"
         )
+    if stopped.stuck or stopped.errors:
+        return f"stopped, but not everything is verified gone: see penstock leaks --data {settings.data}"
     return "stopped. Nothing of this installation is running"

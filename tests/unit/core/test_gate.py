@@ -348,3 +348,31 @@ async def test_empty_at_the_deadline_is_empty_not_forced() -> None:
         asyncio.get_running_loop().call_later(10, hold.release)
         async with within(100, "the drain"):
             assert (await gate.drain(DrainPolicy(grace_s=10, force_s=5))).forced == ()
+
+
+@virtual
+async def test_one_kind_is_forced_out_and_the_others_do_not_notice() -> None:
+    gate = Gate("node n1")
+    gate.cordon("it stops")
+    sandbox = gate.readmit("sandbox", "s")
+    sandbox.on_force(lambda: pytest.fail("nobody forces it"))
+    builds = [gate.readmit("build", label) for label in "ab"]
+    for build in builds:
+        build.on_force(build.release)
+    await gate.expel("build", within_s=5)
+    assert gate.held() == [sandbox]
+    assert all(build.notice.is_set() for build in builds)
+    assert not sandbox.notice.is_set()
+
+
+@virtual
+async def test_one_kind_that_does_not_leave_is_named_within_the_bound() -> None:
+    gate = Gate("node n1")
+    stays, goes = gate.readmit("build", "stays"), gate.readmit("build", "goes")
+    stays.on_force(lambda: asyncio.sleep(60))
+    goes.on_force(goes.release)
+    began = now()
+    with pytest.raises(StillHeld) as left:
+        await gate.expel("build", within_s=5)
+    assert left.value.labels == ("stays",)
+    assert now() - began <= 15

@@ -169,3 +169,27 @@ def test_a_failed_open_leaves_no_task_behind(monkeypatch: pytest.MonkeyPatch) ->
         await plant.ready()
 
     play(script)
+
+
+def test_a_keeping_stop_gives_builds_their_grace_and_then_forces_them_and_keeps_sandboxes() -> None:
+    async def script(plant: Plant) -> None:
+        sandbox = await plant.ready()
+        quick, slow = plant.node.gate.hold("build", "quick"), plant.node.gate.hold("build", "slow")
+        forced: list[str] = []
+
+        def force() -> None:
+            forced.append("slow")
+            slow.release()
+
+        slow.on_force(force)
+        quick.on_force(lambda: forced.append("quick"))
+        began = asyncio.get_running_loop().time()
+        closing = plant.crew.spawn(plant.node.close(Closing.KEEP), name="close")
+        await asyncio.sleep(1.0)
+        quick.release()
+        await closing
+        assert forced == ["slow"]
+        assert asyncio.get_running_loop().time() - began < SETTINGS.build_stop_s + 1
+        assert plant.processes_of(sandbox)
+
+    play(script)

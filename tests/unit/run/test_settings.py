@@ -30,7 +30,7 @@ def test_the_command_line_wins_over_the_environment_over_the_file_over_defaults(
         'on_stop = "maybe"',
         "drain_s = true",
         "drain_s = nan",
-        "drain_s = 0",
+        "drain_s = -1",
         'drain_s = "soon"',
         "team_timeout_s_max = -1",
         "team_timeout_s_max = 1e300",
@@ -84,3 +84,26 @@ def test_sizes_are_written_as_people_write_them(tmp_path):
     assert from_file(tmp_path, "disk_free_min = 1000").disk_free_min == 1000
     with pytest.raises(Invalid, match="disk_free_min"):
         from_file(tmp_path, 'disk_free_min = "much"')
+
+
+@pytest.mark.parametrize(
+    ("environ", "told"),
+    [
+        ({"SHUTDOWN_DRAIN_TIMEOUT": "90"}, (OnStop.DRAIN, 90, 0)),
+        ({"SHUTDOWN_DRAIN_TIMEOUT": "0"}, (OnStop.DRAIN, 0, 0)),
+        ({"SHUTDOWN_DRAIN_TIMEOUT": "5m", "PENSTOCK_ON_STOP": "keep"}, (OnStop.KEEP, 300, 0)),
+        ({"FORCE_STOP": "true", "SHUTDOWN_DRAIN_TIMEOUT": "90"}, (OnStop.FORCE, 90, 0)),
+        ({"FORCE_STOP": "false"}, (None, 30, 0)),
+        ({"DRAIN_PROPAGATION_DELAY": "15"}, (None, 30, 15)),
+        ({"PENSTOCK_DRAIN_S": "0"}, (None, 0, 0)),
+    ],
+)
+def test_the_variables_of_other_platforms_say_how_to_stop(tmp_path: Path, environ: dict[str, str], told: object):
+    settings = load({"data": str(tmp_path)}, environ=environ)
+    assert (settings.on_stop, settings.drain_s, settings.drain_propagation_s) == told
+
+
+def test_a_bad_value_in_a_variable_of_theirs_is_refused_by_that_name(tmp_path: Path):
+    for name in ("SHUTDOWN_DRAIN_TIMEOUT", "FORCE_STOP", "DRAIN_PROPAGATION_DELAY"):
+        with pytest.raises(Invalid, match=name):
+            load({"data": str(tmp_path)}, environ={name: "soon"})
