@@ -130,6 +130,13 @@ class Api(Caller):
         made: dict[str, Any] = json.loads(self.reply())
         return made
 
+    def pause(self, sandbox: str, *, memory: bool = True) -> None:
+        self.ask("POST", f"/sandboxes/{sandbox}/pause", json.dumps({"memory": memory}).encode())
+
+    def connect(self, sandbox: str) -> None:
+        """Resume it, if it is paused."""
+        self.ask("POST", f"/v2/sandboxes/{sandbox}/connect", b'{"timeout": 300}')
+
     def kill(self, sandbox: str) -> None:
         self.ask("DELETE", f"/sandboxes/{sandbox}")
 

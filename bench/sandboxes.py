@@ -144,6 +144,28 @@ class Bench:
             took.append(ms(time.perf_counter() - began))
         return spread("kill to everything gone", took, p50_at_most=50.0, p99_at_most=2000.0)
 
+    def pause(self) -> list[Figure]:
+        """One sandbox, paused and resumed again and again, in memory and (less often) to disk."""
+        memory, disk, both = [], [], []
+        with self.sandbox() as (sandbox, guest):
+            guest.run("/bin/true")
+            for number in self.samples(300):
+                began = time.perf_counter()
+                self.api.pause(sandbox)
+                paused = time.perf_counter()
+                self.api.connect(sandbox)
+                memory.append(ms(time.perf_counter() - began))
+                both.append((ms(paused - began), ms(time.perf_counter() - paused)))
+                if number % 10 == 0:
+                    disk.append(timed(lambda: (self.api.pause(sandbox, memory=False), self.api.connect(sandbox))))
+            guest.run("/bin/true")
+        return [
+            *spread("pause and resume", memory, p50_at_most=15.0),
+            *spread("of that, the pause", [one for one, _ in both]),
+            *spread("of that, the resume", [one for _, one in both]),
+            *spread("pause to disk and resume", disk),
+        ]
+
     def neighbours(self) -> list[Figure]:
         """Process.Start in one sandbox while another one misbehaves."""
         with self.sandbox() as (_, guest):
@@ -301,7 +323,7 @@ def _meminfo() -> dict[str, int]:
     return {words[0][:-1]: int(words[1]) for words in lines if words[0][:-1] in wanted}
 
 
-PARTS = ("create", "burst", "run", "kill", "neighbours", "files", "idle")
+PARTS = ("create", "burst", "run", "kill", "pause", "neighbours", "files", "idle")
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from typing import Annotated, Optional
 import typer
 
 from penstock import __version__
-from penstock.cli import key, node, sandbox, why
+from penstock.cli import key, node, sandbox, snapshot, why
 from penstock.cli.show import as_json, fails_clearly, note
 
 app = typer.Typer(
@@ -20,6 +20,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(sandbox.app, name="sandbox")
+app.add_typer(snapshot.app, name="snapshot")
 app.add_typer(key.app, name="key")
 app.add_typer(node.app, name="node")
 
@@ -61,7 +62,10 @@ def down(
     drain: Annotated[bool, typer.Option("--drain", help="Let sandboxes end, bounded (default).")] = False,
     force: Annotated[bool, typer.Option("--force", help="Kill sandboxes at once.")] = False,
 ) -> None:
-    """Stop a running installation and wait until it has stopped."""
+    """Stop a running installation and wait until it has stopped.
+
+    Exit code 0: nothing failed, and nothing was forced unless --force asked for it; 1 otherwise.
+    """
     from penstock.cli.profile import data_of
     from penstock.model.errors import Invalid
     from penstock.run.down import main as run_down

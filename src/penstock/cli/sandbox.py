@@ -1,4 +1,4 @@
-"""`penstock sandbox …`: create, list, show, exec, shell, cp, logs, kill."""
+"""`penstock sandbox …`: create, list, show, exec, shell, cp, logs, pause, resume, snapshot, kill."""
 
 from __future__ import annotations
 
@@ -39,11 +39,17 @@ def create(
     env: Annotated[list[str], typer.Option("--env", help="NAME=VALUE, repeatable.")] = [],  # noqa: B006
     metadata: Annotated[list[str], typer.Option("--metadata", help="KEY=VALUE, repeatable.")] = [],  # noqa: B006
     no_internet: Annotated[bool, typer.Option("--no-internet", help="Deny all egress.")] = False,
+    pause: Annotated[bool, typer.Option("--pause", help="At its end it is paused, not killed.")] = False,
+    to_disk: Annotated[bool, typer.Option("--to-disk", help="With --pause: its files only.")] = False,
+    auto_resume: Annotated[bool, typer.Option("--auto-resume", help="With --pause: requests resume it.")] = False,
     data: Data = None,
     json: Json = False,
 ) -> None:
-    """Create a sandbox and print its id."""
+    """Create a sandbox from a template or a snapshot, and print its id."""
     from penstock.model.units import parse_seconds
+
+    if (to_disk or auto_resume) and not pause:
+        raise typer.BadParameter("--to-disk and --auto-resume need --pause")
 
     body: dict[str, Any] = {
         "templateID": template,
@@ -53,6 +59,8 @@ def create(
     }
     if no_internet:
         body["allow_internet_access"] = False
+    if pause:
+        body |= {"autoPause": True, "autoPauseMemory": not to_disk, "autoResume": {"enabled": auto_resume}}
     with _client(data) as client:
         made = client.call("POST", "/v2/sandboxes", json=body).json()
     as_json(made) if json else print(made["sandboxID"])
@@ -61,7 +69,7 @@ def create(
 @app.command("list")
 @fails_clearly
 def list_(data: Data = None, json: Json = False) -> None:
-    """List running sandboxes, newest first."""
+    """List sandboxes, running and paused, newest first."""
     rows: list[dict[str, Any]] = []
     with _client(data) as client:
         token = None
@@ -188,6 +196,63 @@ def logs(
     for entry in entries:
         facts = " ".join(f"{key}={value}" for key, value in entry["fields"].items())
         print(f"{entry['timestamp'][:23]} {entry['level']:5} {entry['message']} {facts}".rstrip())
+
+
+@app.command()
+@fails_clearly
+def pause(
+    ids: Annotated[list[str], typer.Argument(help="Sandbox ids.")],
+    to_disk: Annotated[bool, typer.Option("--to-disk", help="Keep its files only: memory is freed.")] = False,
+    data: Data = None,
+    json: Json = False,
+) -> None:
+    """Pause sandboxes: memory and all on their node, or their files on its disk."""
+    with _client(data) as client:
+        for id in ids:
+            client.call("POST", f"/sandboxes/{id}/pause", json={"memory": not to_disk})
+            if not json:
+                print(id)
+    if json:
+        as_json({"paused": ids, "memory": not to_disk})
+
+
+@app.command()
+@fails_clearly
+def resume(
+    id: Id,
+    timeout: Annotated[str, typer.Option(help="How long it lives from now: 90, 10m, 2h.")] = "5m",
+    reboot: Annotated[bool, typer.Option("--reboot", help="Leave its memory: start anew from its disk.")] = False,
+    data: Data = None,
+    json: Json = False,
+) -> None:
+    """Resume a paused sandbox; one that runs only lives longer."""
+    from penstock.model.units import parse_seconds
+
+    body: dict[str, Any] = {"timeout": int(parse_seconds(timeout, field="--timeout"))}
+    if reboot:
+        body["memory"] = False
+    with _client(data) as client:
+        answer = client.call("POST", f"/v2/sandboxes/{id}/connect", json=body)
+    if json:
+        as_json({"sandboxID": answer.json()["sandboxID"], "resumed": answer.status_code == 201})
+        return
+    print(answer.json()["sandboxID"])
+    if answer.status_code != 201:
+        note("it was running")
+
+
+@app.command()
+@fails_clearly
+def snapshot(
+    id: Id,
+    name: Annotated[Optional[str], typer.Option(help="A name to create sandboxes by; may have a :tag.")] = None,  # noqa: UP045
+    data: Data = None,
+    json: Json = False,
+) -> None:
+    """Copy a sandbox's files while it runs, and print what to create others from."""
+    with _client(data) as client:
+        made = client.call("POST", f"/sandboxes/{id}/snapshots", json={"name": name} if name else {}).json()
+    as_json(made) if json else print(made["snapshotID"])
 
 
 @app.command()
