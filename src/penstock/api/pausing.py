@@ -10,12 +10,14 @@ from __future__ import annotations
 from typing import ClassVar, Final
 
 import msgspec
+from structlog import get_logger
 
 from penstock.api import chronicle, creation, drains, snapshots
 from penstock.api.front import Front
 from penstock.api.roster import missing
 from penstock.api.standing import CHANGING, Standing, State
 from penstock.core.deadlines import DeadlinePassed
+from penstock.core.errors import PenstockError
 from penstock.model import keys
 from penstock.model.errors import Conflict, Internal, NoFreeSlot, NotFound, Unavailable
 from penstock.model.event import LoggedEvent
@@ -24,6 +26,8 @@ from penstock.model.sandbox import KillReason, Phase, SandboxSpec, SandboxStatus
 from penstock.model.snapshot import Snapshot
 from penstock.store.errors import AlreadyExists, RevisionConflict
 from penstock.store.store import Delete, Put
+
+log = get_logger("api")
 
 PAUSED_WITHIN_S: Final = 20.0  # a guest has 5 s to write out what it was told is written
 PARKED_WITHIN_S: Final = 60.0
@@ -170,13 +174,20 @@ async def wake(
 
 
 async def for_traffic(front: Front, sandbox: str) -> None:
-    """Resume it because a request for it has come, if it was created so. Return once it runs. Raises as `wake`."""
+    """Resume it because a request for it has come, if it was created so. Return once it runs. Raises as `wake`, and
+    nothing that is no PenstockError: who calls serves others too."""
     spec = front.roster.specs.get(sandbox)
     if spec is None or not spec.auto_resume:
         raise NotFound("the sandbox is not resumed by traffic", which=sandbox)
     asking = Asking(team=spec.team, sandbox=spec.id, actor=TRAFFIC)
     seconds = min(spec.timeout_s, front.limits_of(spec.team).timeout_s_max)
-    await wake(front, asking, seconds=seconds, from_disk=False, extend=False)
+    try:
+        await wake(front, asking, seconds=seconds, from_disk=False, extend=False)
+    except PenstockError:
+        raise
+    except Exception as error:
+        log.error("a resume by traffic failed", sandbox=sandbox, exc_info=error)
+        raise Internal("the sandbox could not be resumed", which=sandbox) from error
 
 
 async def _extend(front: Front, asking: Asking, seconds: float) -> None:

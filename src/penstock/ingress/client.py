@@ -201,12 +201,15 @@ class Client(Connection):
         Who creates or resumes a sandbox is answered by the API; its first request may be here before the feed's news.
         One that sleeps all the same is woken, if this request may do that.
         """
-        hub, refusal = self.hub, None
-        await hub.catch_up()
-        choice = self._choose_again(target)
+        await self.hub.catch_up()
+        await self._decide(target)
+
+    async def _decide(self, target: Target) -> None:
+        """By the table of now, and by that of later when the sandbox has to be woken first."""
+        hub, choice = self.hub, self._choose_again(target)
         if isinstance(choice, Route) and not choice.serving:
             assert self.asked is not None
-            refusal = may_wake(target, self.asked.head, choice, hub.tokens.access)
+            refusal = may_wake(target, self.asked.head, choice, hub.tokens.access, hub.wall())
             if refusal is None:
                 refusal = await hub.waker.wake(target.sandbox)
             choice = refusal or self._choose_again(target)
@@ -332,13 +335,12 @@ class Client(Connection):
             self._dialling = None
             self._refuse(Refusal(status=429, message="too many signed URLs at once", retry_after_s=1, cause="limit"))
             return
-        self._dialling = None
-        if self.stage is _CLOSED:
+        if route is not None:
+            await self._decide(Target(route.sandbox, GUEST_PORT))
             return
-        if route is None:
+        self._dialling = None
+        if self.stage is not _CLOSED:
             self._refuse(pages.bad_request(401, "invalid signature"))
-        else:
-            self._forward_to(route, Target(route.sandbox, GUEST_PORT))
 
     def _answer_own(self, own: Own) -> None:
         assert self.asked is not None

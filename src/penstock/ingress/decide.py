@@ -110,7 +110,7 @@ def choose(target: Target, told: Fields, table: Table, traffic_token: TrafficTok
     Pure but for the table's present content.
     """
     route = table.routes.get(target.sandbox)
-    if route is None or not (route.serving or route.auto_resume):
+    if route is None or not route.reachable:
         return pages.sandbox_not_found(target.sandbox) if table.complete else pages.starting()
     if route.private and target.port != GUEST_PORT:
         given = told.header(routing.TRAFFIC_TOKEN_HEADER)

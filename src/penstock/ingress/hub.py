@@ -63,6 +63,7 @@ class Hub:
         gauges: Gauges | None = None,
         catch_up: Callable[[], Awaitable[None]] | None = None,
         ask: Ask | None = None,
+        wall: Callable[[], float] = lambda: 0.0,
     ) -> None:
         self.loop, self.table, self.tokens = loop, table, tokens
         self.tally, self.heads = Tally(), Heads()
@@ -74,6 +75,7 @@ class Hub:
         self.idle: OrderedDict[Connection, None] = OrderedDict()  # between requests, longest first
         self.stopping = False
         self._catch_up = catch_up
+        self.wall = wall
         self.waker = Waker(ask, self.catch_up, crew)
         self.handshakes = 0  # TLS connections that are no clients yet
         self._left = Pulse()  # a client has gone

@@ -44,7 +44,7 @@ class SignedRoutes:
             return await self._search(signed)
 
     async def _search(self, signed: Signed) -> Route | None:
-        for tried, route in enumerate(self._table.serving()):
+        for tried, route in enumerate(self._table.reachable()):
             if tried and tried % SLICE == 0:
                 await asyncio.sleep(PAUSE_S)
             alive = self._table.find(route.sandbox) is not None  # it may have ended while we gave way

@@ -34,6 +34,11 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
     mask_host: str | None = None  # Host shown to user ports; may hold ${PORT}
 
     @property
+    def reachable(self) -> bool:
+        """It serves, or does once somebody asks something of it."""
+        return self.serving or self.auto_resume
+
+    @property
     def incarnation(self) -> tuple[int, int]:
         return self.pid, self.start_ticks
 
@@ -78,9 +83,9 @@ class Table:
             self.on_paused(route)
 
     def find(self, sandbox: str) -> Route | None:
-        """The route of a sandbox that serves now, or None."""
+        """The route of a sandbox that serves now, or would by a request; else None."""
         route = self.routes.get(sandbox)
-        return route if route is not None and route.serving else None
+        return route if route is not None and route.reachable else None
 
-    def serving(self) -> list[Route]:
-        return [route for route in self.routes.values() if route.serving]
+    def reachable(self) -> list[Route]:
+        return [route for route in self.routes.values() if route.reachable]

@@ -32,11 +32,13 @@ TOKEN: Final = b"x-access-token"
 Ask = Callable[[str], Awaitable[str]]  # by sandbox id: the code of the refusal; empty: it runs
 
 
-def may_wake(target: Target, head: RequestHead, route: Route, access_token: Callable[[str], str]) -> Refusal | None:
+def may_wake(
+    target: Target, head: RequestHead, route: Route, access_token: Callable[[str], str], now: float
+) -> Refusal | None:
     """Why this request does not wake the sandbox; None: it does. User ports were judged by their own token before.
 
-    A look at the guest's health is no use of it. What else comes for the guest must be what the guest will accept:
-    a stranger must not keep a sandbox awake.
+    A look at the guest's health is no use of it. What else comes for the guest must be what the guest will accept, at
+    `now` (wall seconds): a stranger must not keep a sandbox awake.
     """
     if target.port != GUEST_PORT:
         return None
@@ -49,11 +51,14 @@ def may_wake(target: Target, head: RequestHead, route: Route, access_token: Call
     if given and same(given.decode("latin-1"), token):
         return None
     signed = read_signed(head) if head.path == b"/files" and head.query else None
-    if isinstance(signed, Signed) and same(
-        signed.signature, sign(signed.path, signed.operation, signed.username, token, signed.expires)
-    ):
+    if isinstance(signed, Signed) and _holds(signed, token, now):
         return None
     return pages.resume_denied(route.sandbox)
+
+
+def _holds(signed: Signed, token: str, now: float) -> bool:
+    made = sign(signed.path, signed.operation, signed.username, token, signed.expires)
+    return same(signed.signature, made) and (signed.expires is None or signed.expires >= now)
 
 
 class Waker:

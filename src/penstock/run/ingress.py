@@ -86,6 +86,7 @@ async def _serve(arguments: argparse.Namespace) -> None:
             gauges=gauges,
             catch_up=follower.catch_up,
             ask=source.demand,
+            wall=SystemClock().wall,
         )
         crew.spawn(follower.follow(), name="follower")
         gauges["feed_connected"] = lambda: follower.connected

@@ -135,6 +135,11 @@ async def test_what_is_for_the_guest_needs_what_the_guest_asks_for(tmp_path: Pat
         status, _ = await ask(fixture, head("/health", extra=f"X-Access-Token: {token}\r\n"))
         assert status == 502, "asking whether it runs is no use of it"
         assert upstairs.asked == []
+        late = tokens.sign("a", "read", "", token, 1000)
+        expired = f"/files?path=a&signature={quote(late, safe='')}&signature_expiration=1000"
+        fixture.hub.wall = lambda: 1001.0
+        assert (await ask(fixture, head(expired)))[0] == 403
+        assert upstairs.asked == []
         signed = f"/files?path=a&signature={quote(tokens.sign('a', 'read', '', token), safe='')}"
         assert (await ask(fixture, head(signed)))[0] == 200
         pause(fixture)
@@ -142,6 +147,16 @@ async def test_what_is_for_the_guest_needs_what_the_guest_asks_for(tmp_path: Pat
         pause(fixture, secure=False)
         assert (await ask(fixture, head("/envs")))[0] == 200
         assert len(upstairs.asked) == 3
+
+
+async def test_a_signed_address_that_names_nobody_wakes_its_sandbox(tmp_path: Path, upstairs: Upstairs):
+    async with asleep(tmp_path, upstairs) as fixture:
+        signature = quote(tokens.sign("a", "read", "", tokens.access_token(SEED, SANDBOX)), safe="")
+        request = f"GET /files?path=a&signature={signature} HTTP/1.1\r\nHost: 127.0.0.1:3002\r\n\r\n".encode()
+        assert (await ask(fixture, request))[0] == 200
+        assert upstairs.asked == [SANDBOX]
+        pause(fixture, auto_resume=False)
+        assert (await ask(fixture, request))[0] == 401
 
 
 @pytest.mark.parametrize(
