@@ -115,9 +115,10 @@ class Samples:
 
 
 def _line(raw: bytes) -> LogLine:
+    """As `guest.log` writes them."""
     try:
         told: Any = msgspec.json.decode(raw)
-        at, level, message = float(told.pop("at")), str(told.pop("level", "info")), str(told.pop("message"))
+        at, level, message = float(told.pop("ts")), str(told.pop("level", "info")), str(told.pop("event"))
     except (msgspec.DecodeError, AttributeError, KeyError, TypeError, ValueError):
         return LogLine(at=0.0, level="info", message=raw.decode(errors="replace"))
     level = level if level in ("debug", "info", "warn", "error") else "info"
