@@ -14,7 +14,7 @@ from typing import Final
 
 import msgspec
 
-from penstock.api import egress, snapshots
+from penstock.api import drains, egress, snapshots
 from penstock.api.chronicle import line
 from penstock.api.front import Caller, Front
 from penstock.api.shapes import NewSandbox
@@ -22,7 +22,7 @@ from penstock.core.deadlines import DeadlinePassed
 from penstock.model import keys
 from penstock.model.errors import Conflict, Internal, Invalid, NoFreeSlot, NotFound, Unavailable, Unsupported
 from penstock.model.event import LoggedEvent
-from penstock.model.ids import SandboxId, mint_sandbox_id
+from penstock.model.ids import NodeId, SandboxId, mint_sandbox_id
 from penstock.model.sandbox import (
     TERMINAL,
     TIMEOUT_S_DEFAULT,
@@ -270,7 +270,7 @@ async def _ready(front: Front, sandbox: SandboxId) -> SandboxSpec:
 
 
 async def _outcome(front: Front, sandbox: SandboxId) -> SandboxStatus | None:
-    """The status in which its start ended. Raises NoFreeSlot when no node had room, DeadlinePassed."""
+    """The status in which its start ended. Raises NoFreeSlot or Unavailable when no node took it, DeadlinePassed."""
     statuses, room_s = front.roster.statuses, min(front.room_s, front.ready_s)
     try:
         return await statuses.wait_for(sandbox, _settled, within_s=room_s)
@@ -281,7 +281,16 @@ async def _outcome(front: Front, sandbox: SandboxId) -> SandboxStatus | None:
     if spec.node is not None:
         return await statuses.wait_for(sandbox, _settled, within_s=front.ready_s - room_s)
     await order_stop(front, sandbox, KillReason.START_FAILED, by="api: no room")
-    raise NoFreeSlot("no room for another sandbox", now="retry when one has ended", retry_after_s=front.room_s)
+    raise _no_room(front)
+
+
+def _no_room(front: Front) -> Unavailable:
+    """What to tell whom no node took: that they are full, or that none may take any (then nobody's end helps)."""
+    nodes = [drains.read(front, NodeId(id))[0] for id in sorted(front.nodes.ids())]
+    if nodes and not any(node.schedulable for node in nodes):
+        why = "; ".join(f"{node.id} {node.why_not}" for node in nodes)
+        return Unavailable("no node takes sandboxes now", why=why, retry_after_s=front.room_s)
+    return NoFreeSlot("no room for another sandbox", now="retry when one has ended", retry_after_s=front.room_s)
 
 
 async def order_stop(front: Front, sandbox: SandboxId, reason: KillReason, *, by: str) -> bool:

@@ -9,6 +9,7 @@ from datetime import datetime
 from typing import Any
 
 import pytest
+from tests.unit.api.door import Door
 from tests.unit.api.standin import ADMIN, ID, StandIn
 
 from penstock.api.front import TAILS_MAX
@@ -283,3 +284,14 @@ async def test_streams_are_bounded_and_given_back(node: StandIn) -> None:
 
 def moment(text: str) -> float:
     return datetime.fromisoformat(text).timestamp()
+
+
+async def test_a_create_that_nobody_takes_because_the_node_drains_says_so(door: Door, node: StandIn) -> None:
+    door.answer = None
+    reply = await door.client.post("/v2/sandboxes", json={"templateID": "base"})
+    assert (reply.status_code, reply.json()["error_code"]) == (503, "no_free_slot")
+    assert (await node.post("/drain", yes=True, reason="kernel")).status_code == 200
+    reply = await door.client.post("/v2/sandboxes", json={"templateID": "base"})
+    assert (reply.status_code, "Retry-After" in reply.headers) == (503, True)
+    assert reply.json()["message"].endswith("(n1 drains (kernel))"), reply.text
+    assert reply.json()["error_code"] == "unavailable"
