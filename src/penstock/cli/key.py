@@ -6,7 +6,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from penstock.cli.show import as_json, fails_clearly, note, table
+from penstock.cli.show import as_json, fails_clearly, note, plain_id, table
 
 app = typer.Typer(help="API keys by team.", no_args_is_help=True)
 
@@ -58,7 +58,9 @@ def list_(data: Data = None, json: Json = False) -> None:
 
 @app.command()
 @fails_clearly
-def revoke(id: Annotated[str, typer.Argument(help="Key id.")], data: Data = None) -> None:
+def revoke(
+    id: Annotated[str, typer.Argument(help="Key id.", parser=plain_id, metavar="id")], data: Data = None
+) -> None:
     """Revoke a key; the next request with it is refused."""
     with _client(data) as client:
         client.call("DELETE", f"/api-keys/{id}", admin=True)

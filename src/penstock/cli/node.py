@@ -7,13 +7,13 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from penstock.cli.show import as_json, fails_clearly, fields, note, table
+from penstock.cli.show import as_json, fails_clearly, fields, note, plain_id, table
 
 app = typer.Typer(help="Nodes: what runs where, and taking machines out of service.", no_args_is_help=True)
 
 Data = Annotated[Optional[str], typer.Option("--data", help="Data folder of the installation.")]  # noqa: UP045
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Id = Annotated[str, typer.Argument(help="Node id; on one machine it is 'local'.")]
+Id = Annotated[str, typer.Argument(help="Node id; on one machine it is 'local'.", parser=plain_id, metavar="id")]
 Span = Optional[str]  # noqa: UP045  as a person types it: 90, 10m, 2h
 
 

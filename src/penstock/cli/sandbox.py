@@ -10,7 +10,7 @@ from typing import Annotated, Any, Final, Optional
 
 import typer
 
-from penstock.cli.show import as_json, fails_clearly, fields, note, table
+from penstock.cli.show import as_json, fails_clearly, fields, note, plain_id, table
 
 CHUNK_BYTES: Final = 256 * 1024
 CANNOT_BE_RUN: Final = 126  # as a shell ends (POSIX, 2.8.2)
@@ -20,7 +20,8 @@ app = typer.Typer(help="Work with sandboxes.", no_args_is_help=True)
 
 Data = Annotated[Optional[str], typer.Option("--data", help="Data folder of the installation.")]  # noqa: UP045
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Id = Annotated[str, typer.Argument(help="Sandbox id.")]
+Id = Annotated[str, typer.Argument(help="Sandbox id.", parser=plain_id, metavar="id")]
+Ids = Annotated[list[str], typer.Argument(help="Sandbox ids.", parser=plain_id, metavar="ids")]
 User = Annotated[Optional[str], typer.Option("--user", help="User inside the sandbox.")]  # noqa: UP045
 
 
@@ -201,7 +202,7 @@ def logs(
 @app.command()
 @fails_clearly
 def pause(
-    ids: Annotated[list[str], typer.Argument(help="Sandbox ids.")],
+    ids: Ids,
     to_disk: Annotated[bool, typer.Option("--to-disk", help="Keep its files only: memory is freed.")] = False,
     data: Data = None,
     json: Json = False,
@@ -257,7 +258,7 @@ def snapshot(
 
 @app.command()
 @fails_clearly
-def kill(ids: Annotated[list[str], typer.Argument(help="Sandbox ids.")], data: Data = None, json: Json = False) -> None:
+def kill(ids: Ids, data: Data = None, json: Json = False) -> None:
     """Kill sandboxes; returns when they are verified gone."""
     from penstock.cli.client import CallFailed
     from penstock.core.errors import Kind

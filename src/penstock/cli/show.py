@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import wraps
 from typing import Any, Final, TypeVar
 
+import typer
+
 from penstock.core.errors import Kind, PenstockError
+
+PLAIN_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,127}", re.ASCII)
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -24,6 +29,13 @@ EXIT_CODES: Final[dict[Kind, int]] = {
     Kind.UNSUPPORTED: 9,
     Kind.INTERNAL: 1,
 }
+
+
+def plain_id(value: str) -> str:
+    """A parser of arguments: an id goes into a request's path as it is, where `../` would name something else."""
+    if PLAIN_ID.fullmatch(value) is None:
+        raise typer.BadParameter(f"{value!r} is not an id")
+    return value
 
 
 def as_json(value: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Final, Optional
 
 import typer
 
-from penstock.cli.show import as_json, fails_clearly, note, table
+from penstock.cli.show import as_json, fails_clearly, note, plain_id, table
 
 Data = Annotated[Optional[str], typer.Option("--data", help="Data folder (PENSTOCK_DATA).")]  # noqa: UP045
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -30,7 +30,12 @@ def _client(data: str | None) -> Any:
 
 @fails_clearly
 def why(
-    id: Annotated[str, typer.Argument(help="A sandbox, a drain (drain-NODE-EPOCH), a node, a build, a key.")],
+    id: Annotated[
+        str,
+        typer.Argument(
+            help="A sandbox, a drain (drain-NODE-EPOCH), a node, a build, a key.", parser=plain_id, metavar="id"
+        ),
+    ],
     data: Data = None,
     json: Json = False,
 ) -> None:
