@@ -11,7 +11,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, H
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from penstock import __version__
-from penstock.api import checkpoints, events, keys, nodes, observe, problems, sandboxes, templates
+from penstock.api import checkpoints, events, keys, nodes, observe, problems, quarantine, sandboxes, templates
 from penstock.api.bounds import BodyLimit
 from penstock.api.front import Front
 
@@ -49,7 +49,7 @@ def build(front: Front, registry: CollectorRegistry, *, ready: Callable[[], bool
 
     # `observe` first: /sandboxes/metrics must not be read as the sandbox called "metrics". `checkpoints` last: its
     # deletion takes whatever comes after /templates/.
-    for room in (observe, sandboxes, templates, keys, nodes, events, checkpoints):
+    for room in (observe, sandboxes, templates, keys, nodes, events, quarantine, checkpoints):
         app.include_router(room.router)
     return app
 

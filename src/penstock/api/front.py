@@ -13,7 +13,7 @@ from typing import Annotated, Final
 
 from fastapi import Depends, Header, Request
 
-from penstock.api.ports import Holdings, Measurements, Planner, Reasons
+from penstock.api.ports import Holdings, Measurements, Planner, Quarantine, Reasons
 from penstock.api.roster import Roster
 from penstock.core.breaker import Breaker
 from penstock.core.clock import Clock
@@ -101,6 +101,7 @@ class Front:
     tails: Breaker = field(default_factory=lambda: Breaker(TAILS_MAX, 0, "readers that follow the event log"))
     reasons: Reasons | None = None  # None: nobody to ask
     holdings: Holdings | None = None
+    quarantine: Quarantine | None = None
 
     @cached_property
     def chronicle(self) -> EventWriter:

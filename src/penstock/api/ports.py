@@ -10,7 +10,7 @@ import msgspec
 from penstock.model.drain import DrainOrder, DrainPlan
 from penstock.model.ids import SandboxId
 from penstock.model.node import NodeSpec
-from penstock.model.observed import LogLine, Sample
+from penstock.model.observed import LogLine, Quarantined, Sample
 from penstock.model.sandbox import SandboxSpec, SandboxStatus
 
 
@@ -49,3 +49,13 @@ class Holdings(Protocol):
 
     def explain(self, sandbox: str) -> msgspec.Struct | None:
         """A snapshot; None when the sandbox is not there."""
+
+
+class Quarantine(Protocol):
+    """Releases that do not get done."""
+
+    def list(self) -> Sequence[Quarantined]:
+        """Each sandbox that has ended and is not verified gone. Some milliseconds."""
+
+    def retry(self, sandbox: str) -> bool:
+        """Try its release now. False when it is in no quarantine there."""

@@ -10,7 +10,7 @@ from typing import Annotated, Optional
 import typer
 
 from penstock import __version__
-from penstock.cli import key, node, sandbox, snapshot, why
+from penstock.cli import key, node, quarantine, sandbox, snapshot, why
 from penstock.cli.show import as_json, fails_clearly, note
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app.add_typer(sandbox.app, name="sandbox")
 app.add_typer(snapshot.app, name="snapshot")
 app.add_typer(key.app, name="key")
 app.add_typer(node.app, name="node")
+app.add_typer(quarantine.app, name="quarantine")
 
 Data = Annotated[Optional[str], typer.Option("--data", help="Data folder (PENSTOCK_DATA).")]  # noqa: UP045
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -108,12 +109,16 @@ def doctor(data: Data = None, json: Json = False) -> None:
 
 @app.command()
 @fails_clearly
-def leaks(data: Data = None, json: Json = False) -> None:
-    """Compare the kernel with the records, daemon or no daemon. Exit code 0: nothing leaked."""
+def leaks(
+    data: Data = None,
+    json: Json = False,
+    fix: Annotated[bool, typer.Option("--fix", help="Remove what is provably ours and dead.")] = False,
+) -> None:
+    """Compare the kernel with the records, daemon or no daemon. Exit code 0: nothing leaked, or nothing is left."""
     from penstock.cli.leaks import main as run_leaks
     from penstock.cli.profile import data_of
 
-    raise SystemExit(run_leaks(data_of(data), json=json))
+    raise SystemExit(run_leaks(data_of(data), json=json, fix=fix))
 
 
 for verb in (why.why, why.events, why.state):

@@ -38,7 +38,9 @@ class NodeStatistics(msgspec.Struct, frozen=True, kw_only=True):
     steps_ms: dict[str, tuple[float, ...]]  # of the last creates, by step
     released_ms: tuple[float, ...]  # of the last ends: order → everything verified gone
     quarantined: int
-    swept_total: int
+    quarantined_for_s: float  # the oldest; 0 when there is none
+    release_retries_total: int
+    swept_total: dict[str, int]  # by kind
     leaks: tuple[Leak, ...]  # what the last sweep could not remove
     bugs: tuple[str, ...]  # supervisors that raised, the newest last
     told_total: dict[str, int]  # lines of the event log, by kind
@@ -49,13 +51,16 @@ def statistics(
     supervisors: Iterable[Supervisor],
     *,
     reports_waiting: int,
-    swept_total: int,
+    swept_total: dict[str, int],
     leaks: tuple[Leak, ...],
 ) -> NodeStatistics:
     """A snapshot of the node whose `means` these are."""
     tally = means.tally
     phases: dict[str, int] = {}
+    stuck_since = now = means.clock.wall()
     for supervisor in supervisors:
+        if supervisor.phase is Phase.QUARANTINED:
+            stuck_since = min(stuck_since, supervisor.stuck.since or now)
         phases[supervisor.phase.value] = phases.get(supervisor.phase.value, 0) + 1
     starts = means.starts.statistics()
     return NodeStatistics(
@@ -72,6 +77,8 @@ def statistics(
         steps_ms={step: tuple(last) for step, last in tally.steps_ms.items()},
         released_ms=tuple(tally.released_ms),
         quarantined=phases.get(Phase.QUARANTINED.value, 0),
+        quarantined_for_s=now - stuck_since,
+        release_retries_total=tally.release_retries_total,
         swept_total=swept_total,
         leaks=leaks,
         bugs=tuple(tally.bugs),

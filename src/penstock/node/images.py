@@ -35,17 +35,19 @@ class Images:
         await self._snapshots.start(crew)
         self._known = True
 
-    def sweep(self) -> None:
-        """Remove what no snapshot names and no sandbox here is about to become."""
+    def sweep(self) -> int:
+        """Remove what no snapshot names and no sandbox here is about to become. How many it were."""
         if not self._known:
-            return
+            return 0
         named = {*self._snapshots.ids(), *self._reporter.kept}
         for one in self._supervised():
             named.add(str(one.undo.keep))
             if one.spec is not None and one.spec.checkpoint is not None:
                 named.add(one.spec.checkpoint.id)
-        for image in self._disks.list_images() - named:
+        orphans = self._disks.list_images() - named
+        for image in orphans:
             self._disks.remove_image(image)
+        return len(orphans)
 
     def _on_snapshot(self, snapshot: str, found: Snapshot | None) -> None:
         if found is None:

@@ -10,6 +10,15 @@ from penstock.node.means import Means
 from penstock.node.record import Remembered
 
 
+class Stuck(msgspec.Struct):
+    """How the release of one sandbox goes that does not get done. Times are wall seconds; 0: not yet."""
+
+    since: float = 0.0  # in quarantine, as far as this daemon knows
+    cause: str = ""
+    retries: int = 0  # attempts after the first
+    next_at: float = 0.0  # 0: an attempt is under way
+
+
 class Order(msgspec.Struct, frozen=True):
     """Why a sandbox must end."""
 

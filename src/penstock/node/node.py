@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable
 from enum import StrEnum
 from typing import Final
 
@@ -36,9 +36,9 @@ from penstock.node.life import Explained
 from penstock.node.means import Means, NodeSettings
 from penstock.node.pools import make_pools
 from penstock.node.ports import Ports
+from penstock.node.quarantine import Quarantine
 from penstock.node.reap import Leak, Sweeper
 from penstock.node.report import Reporter
-from penstock.node.supervisor import Supervisor
 from penstock.node.sync import Sync
 from penstock.node.tally import Tally
 
@@ -89,9 +89,9 @@ class Node:
         self._specs: View[SandboxSpec] = View(source, keys.SANDBOX_SPEC, _decode_spec)
         self._node_specs: View[NodeSpec] = View(source, keys.NODE_SPEC, _decode_node_spec)
         self._reporter = Reporter(reports, crew=self._crew, rng=rng)
-        self._sweeper = Sweeper(ports, step_within_s=settings.step_within_s)
-        self._images = Images(source, ports.disks, self._reporter, self._supervised)
-        self._expiry = Expiry(clock, self._on_due)
+        self._sweeper = Sweeper(ports, step_within_s=settings.step_within_s, owned=self._owned)
+        self._images = Images(source, ports.disks, self._reporter, lambda: self._sync.supervisors.values())  # noqa: PLW0108
+        self._expiry = Expiry(clock, lambda sandbox: self._sync.on_due(sandbox))  # noqa: PLW0108  made in `open`
         self._tally = Tally()
         self._chronicle = Chronicle(self._reporter, clock, settings.id)
         self._token_seed = token_seed
@@ -130,9 +130,10 @@ class Node:
             tell=self._tell_drain,
             tell_outcome=self._tell_outcome,
         )
+        self.quarantine = Quarantine(self._means, supervised=lambda: self._sync.supervisors)
         self._crew.spawn(self._expiry.run(), name="expiry")
         self._sync.take_up(adopt(self._means))
-        await self._sweep()
+        await self.sweep()
         self._means.slots.open()
         self._means.disks.open()
         await self._builds.start(self._crew)
@@ -237,7 +238,7 @@ class Node:
             self._means,
             self._sync.supervisors.values(),
             reports_waiting=self._reporter.waiting,
-            swept_total=self._sweeper.removed_total,
+            swept_total=dict(self._sweeper.removed),
             leaks=self.leaks,
         )
 
@@ -283,9 +284,6 @@ class Node:
 
     # -- while open --
 
-    def _on_due(self, sandbox: str) -> None:
-        self._sync.on_due(sandbox)
-
     def _on_error(self, name: str, error: BaseException) -> None:
         """A task of the crew failed. Sandboxes' own are handled by `Sync`; what comes here is the node's."""
         self._tally.bug(name, error)
@@ -296,16 +294,16 @@ class Node:
     async def _sweep_now_and_then(self) -> None:
         while True:
             await asyncio.sleep(self.settings.sweep_every_s)
-            await self._sweep()
+            await self.sweep()
 
-    async def _sweep(self) -> None:
+    async def sweep(self) -> dict[str, int]:
+        """Remove what is ours and dead, as is done now and then. By kind what was removed; `leaks` has what stays."""
+        before = self._sweeper.removed.copy()
         if not self._sync.pinned:  # a record that cannot be read may announce an image
-            self._images.sweep()
+            self._sweeper.count("image", self._images.sweep())
         found = await self._sweeper.sweep()
         self.leaks = tuple(leak for leak in found if leak.kind != "record" or not self._owned(leak.name))
-
-    def _supervised(self) -> Iterable[Supervisor]:
-        return self._sync.supervisors.values()
+        return dict(self._sweeper.removed - before)
 
     def _owned(self, record: str) -> bool:
         """Somebody here is at work on it: between its record and its objects is where everything begins and ends."""

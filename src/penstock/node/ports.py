@@ -248,6 +248,23 @@ class Strays(Protocol):
         """Every such process the kernel shows, by walking /proc; slow (milliseconds per thousand processes)."""
 
 
+class Remnant(msgspec.Struct, frozen=True):
+    """An object of this installation beside those that the other ports list."""
+
+    kind: str  # loop, mount, namespace, element, socket, ids
+    name: str
+    owner: str  # the record that would account for it; "" when none can
+    why: str
+
+
+class Remnants(Protocol):
+    def list_remnants(self) -> list[Remnant]:
+        """Every one the kernel shows, owned or not; milliseconds."""
+
+    async def remove(self, remnant: Remnant, *, within_s: float) -> None:
+        """Remove what nobody uses. Absent is success; raises OSError or DeadlinePassed while somebody does."""
+
+
 class Notice(msgspec.Struct, frozen=True, kw_only=True):
     """What a sandbox is told of a drain. Times are wall seconds; None: open.
 
@@ -290,3 +307,4 @@ class Ports(msgspec.Struct, frozen=True, kw_only=True):
     files: Files
     guests: Guests
     strays: Strays | None = None
+    remnants: Remnants | None = None

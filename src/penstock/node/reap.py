@@ -8,6 +8,7 @@ is written first and unlinked last.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Final
 
@@ -15,14 +16,21 @@ import msgspec
 
 from penstock.node.evict import cgroup_name
 from penstock.node.ports import Ports
-from penstock.node.record import RecordUnreadable, Remembered, read_sandbox
+from penstock.node.record import RecordUnreadable, Remembered, read_pooled, read_sandbox
 
+REMNANTS: Final = frozenset({"loop", "mount", "namespace", "element", "socket", "ids"})
+UNRECORDED: Final = "no record names it"
+NO_SLOT: Final = "its slot does not exist"
+NO_DISK: Final = "its disk does not exist"
+NO_OBJECTS: Final = "none of the objects it names exists"
 SLOT_RECORD: Final = "slot"  # + number; see `slots.Pool.name`
 DISK_RECORD: Final = "disk"
 
 
 class Leak(msgspec.Struct, frozen=True, order=True):
-    """One finding. `kind`: process, cgroup, slot, disk, run_dir, record; or sweep, when one could not even look."""
+    """One finding. `kind`: process, cgroup, slot, disk, run_dir, record, or that of a `Remnant`; or sweep, when one
+    could not even look.
+    """
 
     kind: str
     name: str
@@ -36,23 +44,46 @@ def find_leaks(ports: Ports) -> list[Leak]:
     if ports.strays is not None:
         for stray in ports.strays.list_strays():
             found.append(Leak("process", str(stray.pid), f"outside every cgroup of ours, and it pins {stray.why}"))
+    if ports.remnants is not None:
+        for remnant in ports.remnants.list_remnants():
+            if remnant.owner not in world.records:
+                found.append(Leak(remnant.kind, remnant.name, f"{remnant.why}; {UNRECORDED}"))
     return sorted(set(found))
 
 
 class Sweeper:
-    """Removes what no record owns. Runs when the daemon opens, and now and then after."""
+    """Removes what no record owns. Runs when the daemon opens, now and then after, and without one for `leaks --fix`.
 
-    def __init__(self, ports: Ports, *, step_within_s: float) -> None:
-        self._ports, self._within_s = ports, step_within_s
-        self.removed_total = 0
+    `owned(record)`: somebody here is at work on it. A record that nobody works on and of whose objects none exists
+    goes, too, once it was seen so `looks` times.
+    """
+
+    def __init__(
+        self, ports: Ports, *, step_within_s: float, owned: Callable[[str], bool] | None = None, looks: int = 2
+    ) -> None:
+        self._ports, self._within_s, self._looks = ports, step_within_s, looks
+        self._owned = owned
+        self._seen: Counter[str] = Counter()  # records without objects, by how often in a row
+        self.removed: Counter[str] = Counter()  # by kind
+
+    @property
+    def removed_total(self) -> int:
+        return self.removed.total()
+
+    def count(self, kind: str, number: int) -> None:
+        """Also what others removed of what nobody owns."""
+        if number:
+            self.removed[kind] += number
 
     async def sweep(self) -> list[Leak]:
-        """Remove every unrecorded object; the findings that stay: records without objects, strays, refusals."""
+        """Remove every unrecorded object; the findings that stay: records somebody works on, strays, refusals."""
         try:
             found = find_leaks(self._ports)
         except Exception as error:
             # Safe: looking changes nothing, and the next sweep looks again; until then statistics say so.
             return [Leak("sweep", "", f"could not look: {error}")]
+        bare = [leak.name for leak in found if leak.kind == "record" and leak.why in (NO_SLOT, NO_DISK, NO_OBJECTS)]
+        self._seen = Counter({name: self._seen[name] + 1 for name in bare})
         left: list[Leak] = []
         for leak in found:
             remove = self._way(leak)
@@ -61,14 +92,36 @@ class Sweeper:
                 continue
             try:
                 await remove()
-                self.removed_total += 1
+                self.removed[leak.kind] += 1
             except Exception as error:
                 # Safe: it is still listed at the next sweep, and counted in statistics until then.
                 left.append(Leak(leak.kind, leak.name, f"{leak.why}; not removed: {error}"))
         return left
 
+    def _is_dead(self, record: str) -> bool:
+        """Nobody works on it, nothing it names exists, and it was so before."""
+        if self._owned is None or self._owned(record) or self._seen[record] < self._looks:
+            return False
+        ports = self._ports
+        try:
+            if _number(record, SLOT_RECORD) is not None or _number(record, DISK_RECORD) is not None:
+                return _lent_to(ports, record) not in ports.files.list_records()  # else its tenant's release needs it
+            remembered = read_sandbox(ports.files, record)
+            lent = [name for name in ports.files.list_records() if _lent_to(ports, name) == record]
+        except RecordUnreadable:
+            return False  # it may name anything
+        if lent or record in ports.disks.list_names():
+            return False
+        pid = remembered.pid if remembered is not None else None
+        process = ports.launcher.adopt(pid.pid, pid.start_ticks) if pid is not None else None
+        if process is not None:
+            process.close()
+        return process is None
+
     def _way(self, leak: Leak) -> Callable[[], Awaitable[None]] | None:
         ports, within_s, name = self._ports, self._within_s, leak.name
+        if leak.kind == "record":
+            return _removal_of(ports, name) if self._is_dead(name) else None
 
         async def cgroup() -> None:
             await ports.cgroups.kill(name, within_s=within_s)
@@ -86,7 +139,18 @@ class Sweeper:
         async def run_dir() -> None:
             ports.files.remove_run_dir(name)
 
-        return {"cgroup": cgroup, "slot": slot, "disk": disk, "run_dir": run_dir}.get(leak.kind)
+        ways = {"cgroup": cgroup, "slot": slot, "disk": disk, "run_dir": run_dir}
+        remnants = ports.remnants
+        if leak.kind in ways or remnants is None:
+            return ways.get(leak.kind)
+
+        async def remnant() -> None:
+            # Looked at again, as above; one that is gone by now is not listed any more.
+            for each in remnants.list_remnants():
+                if (each.kind, each.name) == (leak.kind, name) and each.owner not in ports.files.list_records():
+                    await remnants.remove(each, within_s=within_s)
+
+        return remnant if leak.kind in REMNANTS else None
 
 
 class _World:
@@ -103,7 +167,7 @@ class _World:
 
 def _unrecorded(world: _World) -> list[Leak]:
     owners = {cgroup_name(record) for record in world.records}
-    why = "no record names it"
+    why = UNRECORDED
     return [
         *(Leak("cgroup", name, why) for name in world.cgroups - owners),
         *(Leak("slot", str(number), why) for number in world.slots if f"{SLOT_RECORD}{number}" not in world.records),
@@ -117,10 +181,10 @@ def _without_objects(world: _World) -> list[Leak]:
     for record in world.records:
         if _number(record, SLOT_RECORD) is not None:
             if _number(record, SLOT_RECORD) not in world.slots:
-                found.append(Leak("record", record, "its slot does not exist"))
+                found.append(Leak("record", record, NO_SLOT))
         elif _number(record, DISK_RECORD) is not None:
             if record not in world.disks:
-                found.append(Leak("record", record, "its disk does not exist"))
+                found.append(Leak("record", record, NO_DISK))
         else:
             found.extend(_sandbox(world, record))
     return found
@@ -132,7 +196,7 @@ def _sandbox(world: _World, sandbox: str) -> list[Leak]:
     except RecordUnreadable as error:
         return [Leak("record", sandbox, str(error))]
     if cgroup_name(sandbox) not in world.cgroups and sandbox not in world.run_dirs:
-        return [Leak("record", sandbox, "none of the objects it names exists")]
+        return [Leak("record", sandbox, NO_OBJECTS)]
     return _escaped(world, remembered) if remembered is not None else []
 
 
@@ -149,6 +213,21 @@ def _escaped(world: _World, remembered: Remembered) -> list[Leak]:
     finally:
         process.close()
     return [] if inside else [Leak("process", str(pid.pid), f"first process of {sandbox}, outside its cgroup")]
+
+
+def _removal_of(ports: Ports, name: str) -> Callable[[], Awaitable[None]]:
+    async def remove() -> None:
+        ports.files.remove_record(name)
+
+    return remove
+
+
+def _lent_to(ports: Ports, record: str) -> str:
+    """Whose a pooled object is by its record; empty for other records."""
+    if _number(record, SLOT_RECORD) is None and _number(record, DISK_RECORD) is None:
+        return ""
+    found = read_pooled(ports.files, record)
+    return found[1] if found is not None else ""
 
 
 def _number(record: str, prefix: str) -> int | None:

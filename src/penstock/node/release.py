@@ -60,7 +60,8 @@ async def _attempt(one: Supervisor, watch: _Watch) -> bool:
         one.record.remove()
     except Exception as error:
         one.attempts += 1
-        watch.failed(_innermost(error))
+        one.stuck.cause = _innermost(error)
+        watch.failed(one.stuck.cause)
         return False
     return True
 
@@ -68,12 +69,16 @@ async def _attempt(one: Supervisor, watch: _Watch) -> bool:
 async def _rest(one: Supervisor) -> None:
     """Until the next attempt: each time longer, unless an operator wants it now."""
     rest_s = backoff_s(max(1, one.attempts), base_s=AGAIN_BASE_S, cap_s=AGAIN_CAP_S, rng=one.means.rng)
+    one.stuck.next_at = one.means.clock.wall() + rest_s
     one.poked.clear()
     try:
         async with within(rest_s, f"the next release of {one.id}"):
             await one.poked.wait()  # the kernel tells nobody that EBUSY is over, but an operator may
     except TimeoutError:
         pass
+    one.stuck.next_at = 0.0
+    one.stuck.retries += 1
+    one.means.tally.release_retries_total += 1
 
 
 class _Watch:
@@ -86,6 +91,8 @@ class _Watch:
         self._timer: asyncio.TimerHandle | None = None
         if one.phase is not Phase.QUARANTINED:
             self._arm()
+        else:
+            one.stuck.since = one.means.clock.wall()
 
     def failed(self, why: str) -> None:
         self._why = why
@@ -106,7 +113,9 @@ class _Watch:
             self._arm()
             return
         top = one.ledger.labels()[-1:]
+        one.stuck.since = one.means.clock.wall()
         waits = f"its {top[0]} is not released yet" if top else "its snapshot is not in the store yet"
+        one.stuck.cause = one.stuck.cause or waits
         one.fire(Event.PINNED, f"release failed: {self._why}" if self._why else waits)
         self._hold.release()
 

@@ -36,7 +36,7 @@ from penstock.node.chronicle import autopsy
 from penstock.node.climb import Climb, Eviction
 from penstock.node.create import Steps, create
 from penstock.node.evict import LABELS, Undo, cgroup_name
-from penstock.node.life import Explained, Order, status_of_record, status_of_spec
+from penstock.node.life import Explained, Order, Stuck, status_of_record, status_of_spec
 from penstock.node.means import Means
 from penstock.node.ports import Process
 from penstock.node.record import Due, LedgerBook, Remembered, SandboxRecord
@@ -64,7 +64,7 @@ class Supervisor:
         self.machine: Machine[Phase, Event] = Machine(TRANSITIONS, status.phase, name=f"sandbox {status.id}")
         self.climb = Climb(was_asked=remembered is not None and remembered.was_asked)
         self.steps_ms: dict[str, float] = {}
-        self.released_ms = 0.0
+        self.released_ms, self.stuck = 0.0, Stuck()
         self.means = means
         self._status = status
         self._remembered = remembered

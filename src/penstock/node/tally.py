@@ -17,6 +17,7 @@ class Tally:
 
     def __init__(self) -> None:
         self.ready_total = self.failed_total = self.phase_changes_total = 0
+        self.release_retries_total = 0
         self.refused_total: Counter[str] = Counter()  # by the error's code
         self.ended_total: Counter[str] = Counter()  # by kill reason
         self.steps_ms: dict[str, deque[float]] = {}  # of creates that became ready, by step

@@ -58,7 +58,6 @@ Say = Callable[[str], None]
 NODE: Final = NodeId("local")
 FEED_PREFIXES: Final = (keys.SANDBOX_SPEC, keys.SANDBOX_STATUS)  # what the ingress may read
 NODE_S: Final = 90.0  # bound of closing the node beyond its drain: two pools, the network, and their threads
-STOPPING_RETRY_S: Final = 5.0
 BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -151,7 +150,7 @@ class Daemon:
         self._ready = True
 
     async def stop(self, on_stop: OnStop) -> Stopped:
-        """Empty the node, unless sandboxes are kept, and close everything, last opened first, each within its bound.
+        """Empty the node, unless sandboxes are kept, and close everything, last opened first, each bounded.
 
         While sandboxes end the API answers on: creates with 503, and `forceStop` ends the waiting. Raises nothing of
         what failed: it is in what is returned. A second call joins the first. If cancelled, what is left is forced and
@@ -207,15 +206,14 @@ class Daemon:
         if self._node is not None:
             self._node.force()
 
+    async def reap(self) -> dict[str, int]:
+        """Remove what is ours and dead; how many, by kind."""
+        return {} if self._node is None or self.stopping else await self._node.sweep()
+
     def _check_room(self) -> None:
         if self.stopping:
-            raise Unavailable(
-                "no sandbox is started here any more",
-                which=NODE,
-                why="the node stops",
-                now="retry when it is back",
-                retry_after_s=STOPPING_RETRY_S,
-            )
+            why, now = "the node stops", "retry when it is back"
+            raise Unavailable("no sandbox is started here", which=NODE, why=why, now=now, retry_after_s=5.0)
         self._floor.check()
 
     @property
@@ -281,6 +279,7 @@ class Daemon:
             measurements=samples,
             reasons=controller,
             holdings=self._node,
+            quarantine=self._node.quarantine,
             clock=self._clock,
             rng=self._rng,
             seed=self.folder.seed,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Final
 
@@ -37,10 +38,14 @@ class NodeCollector(Collector):
         yield GaugeMetricFamily("penstock_starts_running", "Starts under way", now.starts_running)
         yield GaugeMetricFamily("penstock_starts_waiting", "Starts waiting for their turn", now.starts_waiting)
         yield GaugeMetricFamily("penstock_quarantined", "Sandboxes whose release failed", now.quarantined)
-        yield GaugeMetricFamily("penstock_leaks", "Objects the last sweep could not remove", len(now.leaks))
+        yield GaugeMetricFamily("penstock_quarantined_seconds", "Age of the oldest quarantine", now.quarantined_for_s)
+        yield CounterMetricFamily("penstock_release_retries", "Releases tried again", now.release_retries_total)
+        leaks = dict(Counter(leak.kind for leak in now.leaks))
+        yield _gauges("penstock_leaks", "What the last sweep found and could not remove, by kind", "kind", leaks)
         yield CounterMetricFamily("penstock_creates_ready", "Sandboxes that became ready", now.ready_total)
         yield CounterMetricFamily("penstock_creates_failed", "Sandboxes that never became ready", now.failed_total)
-        yield CounterMetricFamily("penstock_swept", "Objects without a record that were removed", now.swept_total)
+        swept = now.swept_total
+        yield _counters("penstock_swept", "Objects and records of nobody that were removed, by kind", "kind", swept)
         yield _counters("penstock_refusals", "Starts refused, by reason", "reason", now.refused_total)
         told = now.told_total
         for name, text in _TOLD.items():

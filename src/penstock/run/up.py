@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import uvloop
 
-from penstock.run import door, logs
+from penstock.run import door, leaks, logs
 from penstock.run.closing import Stopped
 from penstock.run.daemon import Daemon
 from penstock.run.datafolder import DataFolder
@@ -113,7 +113,12 @@ class _Up:
             self._orders.put_nowait(on_stop)
 
     async def _answer(self, asked: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
-        """The back door: `{"stop": keep|drain|force}` is answered when the daemon has stopped."""
+        """The back door: `{"stop": keep|drain|force}` is answered when the daemon has stopped, `{"reap": true}` when
+        what is dead was removed.
+        """
+        if asked.get("reap"):
+            yield {"note": leaks.removed(await self._daemon.reap())}
+            return
         try:
             on_stop = OnStop(asked["stop"])
         except (KeyError, ValueError):

@@ -55,7 +55,7 @@ def test_a_living_daemon_sweeps_now_and_then() -> None:
         plant.kernel.cgroups["sb-ix"] = False
         await asyncio.sleep(SETTINGS.sweep_every_s + 1.0)
         assert "sb-ix" not in plant.kernel.cgroups
-        assert plant.node.statistics().swept_total == 1
+        assert plant.node.statistics().swept_total == {"cgroup": 1}
 
     play(script)
 

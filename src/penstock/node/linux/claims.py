@@ -154,6 +154,10 @@ class Claims:
         """Whose claim names `data` as its data folder, only looked at."""
         return next((claim.installation for claim in self._read_all().values() if claim.data == data), None)
 
+    def installations_at(self, data: str) -> list[str]:
+        """Every installation whose claim names `data`, only looked at: one, unless its id was changed."""
+        return [claim.installation for claim in self._read_all().values() if claim.data == data]
+
     def release(self, installation: str) -> None:
         """Give the block back. Absent is success."""
         with self.locked():
