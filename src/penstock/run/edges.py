@@ -17,6 +17,7 @@ from penstock.node.linux.files import LinuxFiles
 from penstock.node.linux.guests import SocketGuests
 from penstock.node.linux.launcher import ZygoteLauncher
 from penstock.node.linux.network import LinuxNetwork
+from penstock.node.linux.remnants import LinuxRemnants
 from penstock.node.linux.strays import LinuxStrays
 from penstock.node.linux.zygote_client import ZygoteClient
 from penstock.node.ports import Ports
@@ -63,6 +64,7 @@ class Edges:
             disks=disks,
             files=LinuxFiles(records=str(folder.path / "records"), run=str(folder.run / "sb")),
             guests=SocketGuests(),
+            remnants=LinuxRemnants(installation=installation, data=str(folder.path), router_path=str(folder.router)),
             strays=LinuxStrays(installation=installation, router_path=str(folder.router)),
         )
         self._cgroups, self._disks = cgroups, disks
