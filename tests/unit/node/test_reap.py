@@ -133,3 +133,21 @@ def test_a_sweep_that_cannot_look_says_so_and_harms_nobody(monkeypatch: pytest.M
         assert "Too many open files" in leak.why
 
     play(script)
+
+
+def test_a_record_of_nothing_and_nobody_goes_at_the_second_look_and_an_unreadable_one_stays() -> None:
+    async def script(plant: Plant) -> None:
+        sandbox = await plant.ready()
+        await asyncio.sleep(0.5)  # the pools are full
+        kernel = plant.kernel
+        kernel.records["slot99"] = [encode(Pooled(kind="slot", number=99))]
+        kernel.records["ix"] = [b'{"k":"born","v":999}', b"{}"]
+        await plant.node.sweep()
+        assert "slot99" in kernel.records, "it may have been between its record and its object"
+        assert await plant.node.sweep() == {"record": 1}
+        assert "slot99" not in kernel.records
+        assert {"ix", sandbox} <= set(kernel.records)
+        assert [leak.name for leak in plant.node.leaks] == ["ix"]
+        del kernel.records["ix"]
+
+    play(script)
