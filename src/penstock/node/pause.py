@@ -112,20 +112,33 @@ async def publish(one: Supervisor) -> None:
 
 async def checkpoint(one: Supervisor, wanted: Checkpoint) -> None:
     """A snapshot of the running (or frozen) sandbox, answered in its status either way."""
+    made_before = wanted.id in one.means.ports.disks.list_images()
     try:
         with one.means.gate.hold("start", f"checkpoint of {one.id}"):
             await _copy(one, wanted)
     except GateClosed as closed:
         one.report(checkpoint_done=wanted.id, checkpoint_failed=str(closed))
     except Exception as error:
-        one.means.ports.disks.remove_image(wanted.id)
+        if not made_before:
+            one.means.ports.disks.remove_image(wanted.id)
         one.report(checkpoint_done=wanted.id, checkpoint_failed=str(error))
     else:
         one.report(checkpoint_done=wanted.id, checkpoint_failed="")
 
 
+async def _answer_again(one: Supervisor, wanted: Checkpoint) -> None:
+    """Its image is whole, but the daemon died before it had said so, perhaps with the sandbox still standing still."""
+    if one.phase is not Phase.PAUSED:
+        await one.means.ports.cgroups.thaw(cgroup_name(one.id), within_s=one.means.settings.step_within_s)
+    name, durable = wanted.name, one.status.durable_up_to  # of when it was copied nothing is left
+    await _tell(one, wanted.id, SnapshotKind.CHECKPOINT, used=0, durable_up_to=durable, name=name)
+
+
 async def _copy(one: Supervisor, wanted: Checkpoint) -> None:
     means, was_frozen = one.means, one.phase is Phase.PAUSED
+    if wanted.id in means.ports.disks.list_images():
+        await _answer_again(one, wanted)
+        return
     disks = means.disks.owned_by(one.id)
     name = means.disks.name(disks[0]) if disks else one.id
     if not was_frozen:

@@ -69,7 +69,9 @@ class Sync:
         """Supervise what an earlier daemon left."""
         self.pinned.update(adopted.pinned)
         for supervisor in adopted.supervisors:
-            self._before.pop(supervisor.id, None)
+            before = self._before.pop(supervisor.id, None)
+            if before is not None:
+                _remember_answers(supervisor, before)
             self._supervise(supervisor)
 
     def on_spec(self, sandbox: str, spec: SandboxSpec | None) -> None:
@@ -163,6 +165,7 @@ class Sync:
             self._finish(supervisor.status)
             return None
         successor = Supervisor.of_record(remembered, look(remembered, means.ports, means.boot_id), means)
+        _remember_answers(successor, supervisor.status)
         spec = self._specs.get(sandbox)
         if spec is not None:
             successor.update(spec, self._seen_at())
@@ -192,3 +195,13 @@ class Sync:
 
     def _status(self, spec: SandboxSpec, phase: Phase) -> SandboxStatus:
         return SandboxStatus(id=SandboxId(spec.id), phase=phase, node=self._means.settings.id, team=spec.team)
+
+
+def _remember_answers(supervisor: Supervisor, before: SandboxStatus) -> None:
+    """What was answered once is not on record, and must not be done again: a checkpoint has one moment."""
+    if before.checkpoint_done is not None:
+        supervisor.report(
+            checkpoint_done=before.checkpoint_done,
+            checkpoint_failed=before.checkpoint_failed,
+            durable_up_to=before.durable_up_to,
+        )

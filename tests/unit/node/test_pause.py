@@ -245,6 +245,43 @@ def test_a_checkpoint_copies_and_the_sandbox_goes_on() -> None:
     play(script)
 
 
+def test_a_checkpoint_outlives_the_daemon_that_made_it() -> None:
+    """The next one has the order before its eyes still: copying again over what exists would fail, and remove it."""
+
+    async def script(plant: Plant) -> None:
+        sandbox = await plant.ready()
+        await plant.change(sandbox, checkpoint=Checkpoint(id=S1))
+        while status_of(plant, sandbox).checkpoint_done != S1:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        kept = snapshots(plant)
+        await plant.kill_daemon()
+        await plant.start_node()
+        await asyncio.sleep(5.0)
+        assert set(plant.kernel.images) == {S1}
+        assert snapshots(plant) == kept, "it was taken again, later than its caller was told"
+        assert status_of(plant, sandbox).checkpoint_failed == ""
+
+    play(script)
+
+
+def test_a_checkpoint_whose_daemon_died_before_it_could_answer_is_answered_by_the_next() -> None:
+    async def script(plant: Plant) -> None:
+        sandbox = await plant.ready()
+        await plant.change(sandbox, checkpoint=Checkpoint(id=S1))
+        while S1 not in plant.kernel.images:  # noqa: ASYNC110
+            await asyncio.sleep(0.0001)
+        await plant.kill_daemon()
+        assert not snapshots(plant), "this proves nothing: it had answered already"
+        await plant.start_node()
+        while status_of(plant, sandbox).checkpoint_done != S1:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        assert status_of(plant, sandbox).checkpoint_failed == ""
+        assert S1 in snapshots(plant)
+        assert not frozen(plant, sandbox)
+
+    play(script)
+
+
 def test_a_checkpoint_that_fails_says_so_thaws_and_leaves_no_image() -> None:
     async def script(plant: Plant) -> None:
         sandbox = await plant.ready()
