@@ -13,6 +13,7 @@ import msgspec
 from penstock.node.linux.at_rest import NetworkAtRest
 from penstock.node.linux.cgroups import LinuxCgroups
 from penstock.node.linux.disks import LinuxDisks
+from penstock.node.linux.failpoint import Failpoint
 from penstock.node.linux.files import LinuxFiles
 from penstock.node.linux.guests import SocketGuests
 from penstock.node.linux.launcher import ZygoteLauncher
@@ -62,7 +63,11 @@ class Edges:
                 allow_private_egress=settings.allow_private_egress,
             ),
             disks=disks,
-            files=LinuxFiles(records=str(folder.path / "records"), run=str(folder.run / "sb")),
+            files=LinuxFiles(
+                records=str(folder.path / "records"),
+                run=str(folder.run / "sb"),
+                failpoint=Failpoint.of_environment(),
+            ),
             guests=SocketGuests(),
             remnants=LinuxRemnants(installation=installation, data=str(folder.path), router_path=str(folder.router)),
             strays=LinuxStrays(installation=installation, router_path=str(folder.router)),

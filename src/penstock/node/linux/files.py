@@ -13,6 +13,8 @@ import shutil
 import struct
 from typing import Final
 
+from penstock.node.linux.failpoint import Failpoint, Moment
+
 _RECORD_SUFFIX: Final = ".log"
 _RECORD_BYTES_MAX: Final = 4 << 20
 _GET_FLAGS: Final = 0x8008_6601  # FS_IOC_GETFLAGS: _IOR('f', 1, long)
@@ -21,10 +23,13 @@ _TOP_OF_TREE: Final = 0x0002_0000  # FS_TOPDIR_FL
 
 
 class LinuxFiles:
-    """`records` and `run` are existing folders. A name is an id of ours: no slash, no leading dot."""
+    """`records` and `run` are existing folders. A name is an id of ours: no slash, no leading dot.
 
-    def __init__(self, *, records: str, run: str) -> None:
-        self._records, self._run = records, run
+    `failpoint` is for tests: see there.
+    """
+
+    def __init__(self, *, records: str, run: str, failpoint: Failpoint | None = None) -> None:
+        self._records, self._run, self._failpoint = records, run, failpoint
         self._spread = False  # once, before the first folder
         self._ends: dict[str, int] = {}  # where a record ends that we wrote to: with a whole line
 
@@ -60,6 +65,8 @@ class LinuxFiles:
             if before and before != self._ends.get(sandbox):
                 before = _make_whole(fd, before)
             data = line + b"\n"
+            if self._failpoint is not None:
+                self._write_and_die(self._failpoint, fd, sandbox, data)
             if os.write(fd, data) != len(data):
                 os.ftruncate(fd, before)  # half a line would swallow the next one
                 raise OSError(errno.ENOSPC, "the disk is full", self._record(sandbox))
@@ -79,13 +86,24 @@ class LinuxFiles:
     def remove_record(self, sandbox: str) -> None:
         """Absent is success."""
         self._ends.pop(sandbox, None)
+        reached = self._failpoint.reach(f"unlink {sandbox}".encode()) if self._failpoint is not None else None
         try:
             os.unlink(self._record(sandbox))
         except FileNotFoundError:
             pass
+        if self._failpoint is not None and reached is not None:
+            self._failpoint.die()
 
     def list_records(self) -> set[str]:
         return {name[: -len(_RECORD_SUFFIX)] for name in _names(self._records) if name.endswith(_RECORD_SUFFIX)}
+
+    @staticmethod
+    def _write_and_die(failpoint: Failpoint, fd: int, sandbox: str, data: bytes) -> None:
+        """Nothing, unless this is the write to die at."""
+        reached = failpoint.reach(f"{sandbox} {data.decode()[:-1]}".encode())
+        if reached is not None:
+            os.write(fd, data if reached is Moment.AFTER else data[: len(data) // 2])
+            failpoint.die()
 
     def _record(self, sandbox: str) -> str:
         return _below(self._records, sandbox) + _RECORD_SUFFIX
