@@ -1,5 +1,5 @@
 # Penstock's commands. `make demo` and `make test` set up everything they need first.
-.PHONY: demo test setup setup-test check sim linux bench soak rip
+.PHONY: demo test setup setup-test check sim linux bench soak sim-many rip
 
 PYTHON := .venv/bin/python
 
@@ -33,3 +33,10 @@ rip: setup-test   ## take each promise of a drain away, and see that a test noti
 bench:            ## measure, and compare with what a user would pick instead
 	@PENSTOCK_SETUP_BENCH=1 scripts/setup --test
 	@$(PYTHON) bench/all.py
+
+soak:             ## ten minutes of sandboxes while everything that can break does: SEED=n replays, SECONDS=n
+	$(PYTHON) -m bench.soak $(if $(SEED),--seed $(SEED)) $(if $(SECONDS),--seconds $(SECONDS))
+
+sim-many:         ## 2,000 simulated worlds, and 200 with traffic: about 4 minutes; SEEDS=n, FIRST=n
+	$(PYTHON) -m penstock.sim --quiet --first $(or $(FIRST),0) --seeds $(or $(SEEDS),2000)
+	$(PYTHON) -m penstock.sim --quiet --first $(or $(FIRST),0) --seeds 200 --traffic

@@ -76,13 +76,13 @@ class Cycles:
         impatient = rng.random() < 0.05  # gives up in the middle of the start
         made = self._call("POST", "/sandboxes", {"templateID": "base", "timeout": 20}, 0.02 if impatient else REQUEST_S)
         if made.status_code != 201:
-            self._count(f"create answered {_answer(made)}")
+            self._count(f"create answered {answer(made)}")
             return
         self._count("created")
         if rng.random() < 0.1:
             return  # left to the final sweep, or to its end of life
         killed = self._call("DELETE", f"/sandboxes/{made.json()['sandboxID']}")
-        self._count(f"kill answered {_answer(killed)}")
+        self._count(f"kill answered {answer(killed)}")
 
     def _call(self, method: str, path: str, body: object = None, within_s: float = REQUEST_S) -> httpx.Response:
         env = self.installation.env
@@ -144,7 +144,7 @@ class Cycles:
             with suppress(httpx.HTTPError):
                 for sandbox in self._call("GET", "/sandboxes").json():
                     killed = self._call("DELETE", f"/sandboxes/{sandbox['sandboxID']}")
-                    self._count(f"kill at the end answered {_answer(killed)}")
+                    self._count(f"kill at the end answered {answer(killed)}")
             self.left = self._look()
             if not self.left or time.monotonic() > until:
                 return
@@ -166,7 +166,7 @@ class Cycles:
             return [{"sandboxID": f"? ({error})"}]
 
 
-def _answer(reply: httpx.Response) -> str:
+def answer(reply: httpx.Response) -> str:
     """`204`, `503 store_full`."""
     with suppress(ValueError, AttributeError):
         return f"{reply.status_code} {reply.json().get('error_code', '')}".rstrip()
