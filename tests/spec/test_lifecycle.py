@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import pytest
 from tests.installation import Installation
+
+from penstock.run.children import start_ticks
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(300)]
 
@@ -37,8 +40,6 @@ def execute(installation: Installation, sandbox: str, *argv: str) -> str:
 
 
 def pid_of(installation: Installation, name: str) -> int:
-    import json
-
     return int(json.loads((installation.data / "run" / f"{name}.json").read_text())["pid"])
 
 
@@ -161,3 +162,26 @@ def test_env_prints_what_up_printed(make):
     assert printed == one.env
     assert one.env["E2B_API_KEY"].startswith("e2b_")
     assert len(one.env["E2B_API_KEY"]) == 44
+
+
+def test_an_upgrade_replaces_the_zygote_and_names_the_ingress_and_sandboxes_run_on(make):
+    one = make().up(on_stop="keep")
+    sandbox = create(one)
+    zygote, ingress = pid_of(one, "zygote"), pid_of(one, "ingress")
+    assert one.stop() == 0
+    for name in ("zygote", "ingress"):
+        file = one.data / "run" / f"{name}.json"
+        told = json.loads(file.read_text())
+        assert told.pop("sources")
+        file.write_text(json.dumps(told))  # as a version wrote it that did not name its sources
+    one.up(on_stop="keep")
+    assert any(f"replacing the running zygote, pid {zygote}" in line for line in one.output)
+    assert start_ticks(zygote) == 0
+    assert any(f"pid {ingress} (of another version" in line for line in one.output)
+    assert pid_of(one, "ingress") == ingress
+    assert execute(one, sandbox, "echo", "here") == "here\n"
+    assert execute(one, create(one), "echo", "new") == "new\n"
+    assert one.stop() == 0
+    said = len(one.output)
+    one.up(on_stop="keep")
+    assert not any("replacing" in line for line in one.output[said:])

@@ -304,7 +304,7 @@ class Daemon:
             self._say("starting the ingress")
             self._ingress = await self._run_ingress(self.settings.ingress, self.settings.tls)
         else:
-            self._say(f"taking over the running ingress, pid {self._ingress.pid}")
+            self._say(f"taking over the running ingress, {self._ingress}")
         told = json.loads(self.folder.ingress_file.read_text())
         self.ingress_url, self.tls_url = told["url"], told.get("tls_url", "")
         self.ca_file = told.get("ca_file", "")

@@ -75,10 +75,14 @@ class Edges:
         self._cgroups, self._disks = cgroups, disks
 
     async def open(self, say: Callable[[str], None]) -> None:
-        """The zygote runs and our cgroups exist. A zygote of an earlier daemon is taken over."""
+        """The zygote runs and our cgroups exist. An earlier daemon's is taken over, unless its sources are others."""
         self._zygote = self._folder.zygote()
         if self._zygote is not None and not self._folder.zygote_socket.exists():
             await asyncio.to_thread(children.end, self._zygote, term_s=ZYGOTE_TERM_S)  # nobody can reach it any more
+            self._zygote = None
+        if self._zygote is not None and self._zygote.stale:
+            say(f"replacing the running zygote, pid {self._zygote.pid}: it is of another version; sandboxes run on")
+            await asyncio.to_thread(children.end, self._zygote, term_s=ZYGOTE_TERM_S)
             self._zygote = None
         await self._disks.retake()  # those of running sandboxes: their ends need no write-out then
         await self._cgroups.open()
