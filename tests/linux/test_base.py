@@ -88,11 +88,19 @@ def test_python_has_its_library_certificates_and_compiled_files(layer: Layer, po
 
 
 def test_sudo_needs_no_password_and_says_nothing(layer: Layer, point: Path) -> None:
-    done = inside(layer, point, "/bin/bash", "-l", "-c", "SECRET=1 sudo -n id -u; SECRET=1 sudo -n env; ls -A ~")
+    done = inside(
+        layer,
+        point,
+        "/bin/bash",
+        "-l",
+        "-c",
+        "SECRET=1 sudo -n id -u; SECRET=1 PENSTOCK_NOTICE=/n sudo -n env; ls -A ~",
+    )
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
     assert lines[0] == "0"
     assert "SECRET=1" not in lines
+    assert "PENSTOCK_NOTICE=/n" in lines  # promised to every process
     assert ".bashrc" in lines
     assert ".sudo_as_admin_successful" not in lines  # watchers of the home would be told about it
     assert inside(layer, point, "su", "user", "-c", "id -un", user="root").stdout == "user\n"

@@ -74,6 +74,7 @@ user:x:1000:
 # !fqdn: Debian builds sudo to look its host name up in DNS, which costs a timeout where there is no network.
 _SUDOERS: Final = f"""\
 Defaults env_reset
+Defaults env_keep += "PENSTOCK_NOTICE"
 Defaults !fqdn
 Defaults !lecture
 Defaults !syslog
