@@ -32,6 +32,7 @@ MAKING_MAX_DEFAULT: Final = 4
 REFILL_QUIET_S: Final = 0.05  # since the last take, before one more is made ahead of need
 OPENING_COUNT: Final = 8  # the first of a pool's life are made at once; the others
 OPENING_QUIET_S: Final = 1.0  # after its opening, when the rest of the daemon has started, too
+MENDING_MAX: Final = 4  # destroyed at once of what nobody waits for: a sandbox's own release must not queue behind it
 CLEARING_MAX: Final = 16  # destroyed at once by a closing pool: the kernel takes many links away as fast as one
 RETRY_BASE_S: Final = 0.1
 RETRY_CAP_S: Final = 10.0
@@ -104,6 +105,7 @@ class Pool(Generic[T]):
         self._owners: dict[int, str] = {}
         self._owned: dict[str, set[int]] = {}
         self._changed = asyncio.Event()  # set at each change while somebody closes
+        self._mending = asyncio.Semaphore(MENDING_MAX)
         self._failures = 0  # makes that failed in a row
         self._opened = False
         self._quiet_from = 0.0  # of the loop's clock: from then on one is made ahead of need
@@ -348,7 +350,8 @@ class Pool(Generic[T]):
         attempt = 0
         while self._states.get(number) is State.BROKEN:
             try:
-                await self._return(number)
+                async with self._mending:
+                    await self._return(number)
             except Exception:
                 attempt += 1  # Safe: it stays BROKEN, is counted in statistics(), and we come again.
                 await asyncio.sleep(backoff_s(attempt, base_s=RETRY_BASE_S, cap_s=RETRY_CAP_S, rng=self._rng))
