@@ -15,7 +15,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tests.installation import Installation
 
-
 STOP_S = 180.0  # a thousand sandboxes end one after the other
 
 
