@@ -11,7 +11,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -22,6 +21,7 @@ from penstock.model.errors import Unavailable
 from penstock.model.ids import SnapshotId
 from penstock.model.sandbox import Checkpoint, Event, KillReason, Phase
 from penstock.model.snapshot import Snapshot, SnapshotKind
+from penstock.node.calls import unless_ended
 from penstock.node.evict import cgroup_name
 from penstock.node.life import Order
 from penstock.node.record import Moved, Parking
@@ -42,9 +42,9 @@ async def freeze(one: Supervisor, because: str) -> None:
     try:
         # On record first: a daemon that dies right after must find a sandbox that is meant to stand still.
         one.record.write(Moved(phase=Phase.PAUSED, because=because))
-        await one.means.ports.cgroups.freeze(cgroup_name(one.id), within_s=one.means.settings.step_within_s)
+        await _stop(one)
     except Exception as error:
-        await _try_thaw(one)
+        await _go_on(one)
         one.record.note(Moved(phase=Phase.READY))
         one.report(because=f"cannot be paused: {error}")
         one.poke_later()
@@ -57,7 +57,7 @@ async def freeze(one: Supervisor, because: str) -> None:
 async def freeze_again(one: Supervisor) -> None:
     """A daemon that died between the record and the freezer left one that is called paused and runs."""
     try:
-        await one.means.ports.cgroups.freeze(cgroup_name(one.id), within_s=one.means.settings.step_within_s)
+        await _stop(one)
     except Exception as error:
         one.report(because=f"cannot be paused: {error}")
         one.poke_later()
@@ -67,11 +67,7 @@ async def freeze_again(one: Supervisor) -> None:
 
 async def thaw(one: Supervisor) -> None:
     """PAUSED to READY. Not a start: a draining node admits it, and its notice comes right after."""
-    try:
-        await one.means.ports.cgroups.thaw(cgroup_name(one.id), within_s=one.means.settings.step_within_s)
-    except Exception as error:
-        one.report(because=f"cannot be resumed: {error}")
-        one.poke_later()
+    if not await _go_on(one):
         return
     one.stands_still = False
     one.record.note(Moved(phase=Phase.READY))
@@ -80,12 +76,17 @@ async def thaw(one: Supervisor) -> None:
     one.fire(Event.RESUME, "resumed")
 
 
+async def thaw_again(one: Supervisor) -> None:
+    """One that runs on record, and that a daemon's death or a failed thaw perhaps left standing still."""
+    await _go_on(one)
+
+
 async def park(one: Supervisor, snapshot: SnapshotId, because: str) -> None:
     """Begin its end as a snapshot. Raises OSError when the intent cannot be written; nothing has happened then."""
     one.record.write(Parking(snapshot=snapshot, because=because))
     one.undo.keep = snapshot
     if one.phase is Phase.PAUSED:
-        await _try_thaw(one)
+        await _go_on(one)  # as far as it can be: whoever kills thaws again
     await _quiesce(one)
     if one.order is None:
         one.order = Order(KillReason.PAUSED, because)
@@ -127,9 +128,7 @@ async def checkpoint(one: Supervisor, wanted: Checkpoint) -> None:
 
 
 async def _answer_again(one: Supervisor, wanted: Checkpoint) -> None:
-    """Its image is whole, but the daemon died before it had said so, perhaps with the sandbox still standing still."""
-    if one.phase is not Phase.PAUSED:
-        await one.means.ports.cgroups.thaw(cgroup_name(one.id), within_s=one.means.settings.step_within_s)
+    """Its image is whole, but the daemon died before it had said so."""
     name, durable = wanted.name, one.status.durable_up_to  # of when it was copied nothing is left
     await _tell(one, wanted.id, SnapshotKind.CHECKPOINT, used=0, durable_up_to=durable, name=name)
 
@@ -143,13 +142,14 @@ async def _copy(one: Supervisor, wanted: Checkpoint) -> None:
     name = means.disks.name(disks[0]) if disks else one.id
     if not was_frozen:
         await _quiesce(one)
-        await means.ports.cgroups.freeze(cgroup_name(one.id), within_s=means.settings.step_within_s)
     try:
+        if not was_frozen:
+            await _stop(one)
         at = means.clock.wall()
         used = await means.ports.disks.copy(name, wanted.id, within_s=COPY_S)
     finally:
         if not was_frozen:
-            await means.ports.cgroups.thaw(cgroup_name(one.id), within_s=means.settings.step_within_s)
+            await _go_on(one)  # what fails here is tried again before anything else is done for it
     await _tell(one, wanted.id, SnapshotKind.CHECKPOINT, used=used, durable_up_to=at, name=wanted.name)
 
 
@@ -185,7 +185,7 @@ async def _quiesce(one: Supervisor) -> None:
         return
     run_dir = one.status.guest_socket.rpartition("/")[0]
     try:
-        durable = await one.unless_ended(one.means.ports.guests.quiesce(run_dir, within_s=QUIESCE_S), "quiesce")
+        durable = await unless_ended(one, one.means.ports.guests.quiesce(run_dir, within_s=QUIESCE_S), "quiesce")
     except Exception as error:
         # Safe: a freeze loses nothing by it, and a park unmounts the disk, which writes everything out.
         one.means.chronicle.node("node.quiesce_failed", str(error), sandbox=one.id)
@@ -193,9 +193,19 @@ async def _quiesce(one: Supervisor) -> None:
     one.report(durable_up_to=durable)
 
 
-async def _try_thaw(one: Supervisor) -> None:
+async def _stop(one: Supervisor) -> None:
+    """Into the freezer. From the first attempt on it may stand still, whatever the attempt raises."""
+    one.may_be_frozen = True
+    await one.means.ports.cgroups.freeze(cgroup_name(one.id), within_s=one.means.settings.step_within_s)
+
+
+async def _go_on(one: Supervisor) -> bool:
+    """Out of the freezer, verified. False when that failed: it is tried again, and a kill thaws by itself."""
     try:
         await one.means.ports.cgroups.thaw(cgroup_name(one.id), within_s=one.means.settings.step_within_s)
-    except Exception:
-        # Safe: whoever kills thaws again, and verifies.
-        await asyncio.sleep(0)
+    except Exception as error:
+        one.report(because=f"cannot be resumed: {error}")
+        one.poke_later()
+        return False
+    one.may_be_frozen = False
+    return True

@@ -14,6 +14,7 @@ from penstock.model.drain import Step
 from penstock.model.ids import SnapshotId
 from penstock.model.sandbox import Event, KillReason, Phase, wants_frozen, wants_parked
 from penstock.node import pause
+from penstock.node.calls import unless_ended
 from penstock.node.climb import Eviction
 from penstock.node.ports import Notice
 from penstock.node.record import Moved
@@ -43,7 +44,9 @@ async def _once(one: Supervisor) -> None:
     step = one.climb.due(one.means.clock.monotonic())
     parked = wants_parked(spec, now) if spec is not None else None
     frozen = wants_frozen(spec, now) if spec is not None else one.phase is Phase.PAUSED
-    if spec is not None and parked is not None:
+    if one.may_be_frozen and one.phase is not Phase.PAUSED:
+        await pause.thaw_again(one)
+    elif spec is not None and parked is not None:
         await _park(one, parked, "paused" if spec.park is not None else "its time was over")
     elif step is not None:
         await _take_step(one, step)
@@ -137,7 +140,7 @@ async def _notify(one: Supervisor, eviction: Eviction) -> str:
     notice = Notice(epoch=eviction.epoch, reason=eviction.reason, soft_by=eviction.soft_at, hard_by=eviction.hard_at)
     one.noticed_epoch = eviction.epoch
     try:
-        await one.unless_ended(one.means.ports.guests.notify(one.run_dir, notice, within_s=NOTICE_S), "notice")
+        await unless_ended(one, one.means.ports.guests.notify(one.run_dir, notice, within_s=NOTICE_S), "notice")
     except Exception as error:
         # Safe: the ladder goes on, and the kill waits for nobody's answer.
         return str(error)
@@ -148,7 +151,7 @@ async def _withdraw(one: Supervisor) -> None:
     """The drain was undone: its programs are told, as far as they listen."""
     notice = Notice(epoch=one.noticed_epoch, reason="", soft_by=None, hard_by=None, withdrawn=True)
     try:
-        await one.unless_ended(one.means.ports.guests.notify(one.run_dir, notice, within_s=NOTICE_S), "notice")
+        await unless_ended(one, one.means.ports.guests.notify(one.run_dir, notice, within_s=NOTICE_S), "notice")
     except Exception as error:
         one.means.chronicle.node("node.notice_not_withdrawn", str(error), sandbox=one.id)
 

@@ -7,8 +7,8 @@ are synchronous, so they never wait for each other. Phases change by `machine.fi
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from typing import Final, TypeVar
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Final
 
 import msgspec
 
@@ -20,7 +20,6 @@ from penstock.core.hold import Hold
 from penstock.core.ledger import Ledger
 from penstock.core.machine import Machine
 from penstock.model.drain import Disposition, Fate
-from penstock.model.errors import Unavailable
 from penstock.model.sandbox import (
     TERMINAL,
     TRANSITIONS,
@@ -45,7 +44,6 @@ from penstock.node.serve import SERVING, serve
 from penstock.node.verdict import Verdict, look
 
 _STARTING: Final = frozenset({Phase.BOUND, Phase.CREATING, Phase.STARTING})
-T = TypeVar("T")
 RETRY_BASE_S: Final = 0.25
 RETRY_CAP_S: Final = 30.0
 HASTEN_EVERY_S: Final = 0.2
@@ -78,6 +76,7 @@ class Supervisor:
         self.autopsy = ""  # how its first process ended
         self.noticed_epoch = 0  # of the last notice its programs were given
         self.stands_still = False  # frozen by this daemon, not only on record
+        self.may_be_frozen = remembered is not None  # although it runs on record
         self.order: Order | None = None
         self.ordered_at = 0.0  # monotonic
         self.died = False
@@ -98,8 +97,8 @@ class Supervisor:
     @classmethod
     def of_record(cls, remembered: Remembered, verdict: Verdict, means: Means) -> Supervisor:
         """For a sandbox that an earlier daemon began. Its ledger's labels come from the record."""
-        born, pid = remembered.born, remembered.pid
-        self = cls(status_of_record(remembered, means), end_at=remembered.end_at, means=means, remembered=remembered)
+        born, pid, end_at = remembered.born, remembered.pid, remembered.end_at
+        self = cls(status_of_record(remembered, means), end_at=end_at, means=means, remembered=remembered)
         if pid is not None and born.boot_id == means.boot_id:
             self.undo.identity = (pid.pid, pid.start_ticks)
         self.ledger.adopt(
@@ -108,8 +107,9 @@ class Supervisor:
         self.undo.keep = remembered.parking
         self._judge(verdict)
         if self.phase is not Phase.PAUSED:
-            means.expiry.watch(born.id, remembered.end_at)
+            means.expiry.watch(born.id, end_at)
         means.chronicle.adopted(self.status)
+        self.poked.set()
         return self
 
     @property
@@ -192,32 +192,6 @@ class Supervisor:
         else:
             self.poked.set()
 
-    async def unless_ended(self, doing: Coroutine[None, None, T], what: str) -> T:
-        """The result of a call to its guest, which may be deaf: given up at once when it must end, or has.
-
-        Raises what the call raised; Unavailable when it was given up.
-        """
-        outcome: list[T | Exception] = []
-
-        async def call() -> None:
-            try:
-                outcome.append(await doing)
-            except Exception as error:
-                outcome.append(error)
-
-        task = self.means.crew.spawn(call(), name=f"{self.id} {what}")
-        task.add_done_callback(lambda _: self.poked.set())
-        while not task.done() and self.order is None and not self.died:
-            self.poked.clear()
-            await self.poked.wait()
-        self.poked.set()  # whoever else poked meanwhile is looked at next
-        if not outcome:
-            task.cancel()
-            raise Unavailable(f"{what} was given up", which=self.id, why="it ends")
-        if isinstance(outcome[0], Exception):
-            raise outcome[0]
-        return outcome[0]
-
     def poke_later(self) -> None:
         """What could not be done now is tried again, each time later."""
         self.attempts += 1
@@ -266,7 +240,7 @@ class Supervisor:
             id=self.id,
             phase=self.phase,
             because=self._status.because,
-            holds=tuple(self.ledger.labels()),
+            holds=self.ledger.labels(),
             end_at=self.end_at,
             release_attempts=self.attempts,
             released_ms=self.released_ms,

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 SEEN_S: Final = 0.1  # the promise: from the acknowledgement to a node that says it drains
 END_S: Final = 2.0  # the promise: from the hard deadline to the end
+LOG_S: Final = 0.1  # what the slowest log of a world may take for the report and what is before it
 PLAN_S: Final = 60.0
 
 _encode = msgspec.json.Encoder().encode
@@ -46,6 +47,7 @@ class Drains:
         self.foreseen = self.came_true = 0
         self._failed: set[str] = set()  # whose start failed
         self._meddled: dict[int, set[str]] = {}  # whose spec changed during a drain, by epoch
+        self._known_at = 0.0  # loop seconds: when the present order was kept
         self._due = float("inf")  # loop seconds: when the hard deadline of the present order passes
 
     def anchor(self) -> None:
@@ -56,11 +58,14 @@ class Drains:
         self._due = float("inf") if hard_at is None else clock.monotonic() + max(0.0, hard_at - clock.wall())
 
     def check(self, now: float) -> None:
-        """A drain ends by its hard deadline and what verifying a release may take."""
+        """A node says at once that it drains, and the drain ends by its deadline and what verifying a release takes."""
         world, spec = self._world, self.spec
         if spec is None or spec.drain is None or spec.epoch in self.ended:
             return
         rates = world.rates
+        seen = self.report is not None and self.report.epoch == spec.epoch
+        if not seen and now - max(self._known_at, world.checkers.quiet_since) > SEEN_S + LOG_S:
+            world.blame(f"the node does not say that it drains, in epoch {spec.epoch}: {self.report}")
         slow_s = 25.0 if rates.slow or rates.failure or rates.busy or rates.disk_full else 0.5
         late_s = now - max(self._due, world.checkers.quiet_since)
         if late_s > END_S + slow_s:
@@ -73,6 +78,7 @@ class Drains:
                 continue
             if key.startswith(keys.NODE_SPEC):
                 self.spec, self.revision = _node_spec(value), batch.revision
+                self._known_at = self._world.clock.monotonic()
                 self.anchor()
             elif key.startswith(keys.NODE_STATUS):
                 self._on_report(_node_status(value).drain)

@@ -128,7 +128,7 @@ def test_killed_while_it_is_parked_the_snapshot_is_there_all_the_same() -> None:
         await asyncio.sleep(0.001)
         await plant.stop(sandbox)
         await plant.ended(sandbox)
-        assert set(snapshots(plant)) == set(plant.kernel.images)
+        assert set(snapshots(plant)) == set(plant.kernel.images) == {S1}
 
     play(script)
 
@@ -397,5 +397,62 @@ def test_a_daemon_that_comes_back_after_the_soft_deadline_parks_what_is_to_be_pa
         await plant.start_node()
         await operator.ended(30.0)
         assert operator.fates() == {sandbox: Fate.PARK}
+
+    play(script)
+
+
+@pytest.mark.parametrize("drains", [False, True])
+def test_a_daemon_that_dies_while_it_copies_leaves_nobody_standing_still(drains: bool) -> None:
+    """Also when the next one refuses the checkpoint, because its node drains: it thaws before anything else."""
+
+    async def script(plant: Plant) -> None:
+        operator = Operator(plant)
+        sandbox = await plant.ready()
+        plant.faults.delay_s = lambda usual_s: 2.0 if usual_s == 0.02 else usual_s  # type: ignore[method-assign]
+        await plant.change(sandbox, checkpoint=Checkpoint(id=S1))
+        await asyncio.sleep(0.5)
+        assert frozen(plant, sandbox)
+        if drains:
+            await operator.drain()
+        await plant.kill_daemon()
+        assert frozen(plant, sandbox), "what the kernel was told stands"
+        plant.faults.delay_s = lambda usual_s: usual_s  # type: ignore[method-assign]
+        await plant.start_node()
+        await asyncio.sleep(1.0)
+        assert not frozen(plant, sandbox)
+        assert bool(status_of(plant, sandbox).checkpoint_failed) is drains
+
+    play(script)
+
+
+def test_a_thaw_that_fails_after_a_checkpoint_is_tried_until_it_succeeds() -> None:
+    async def script(plant: Plant) -> None:
+        sandbox = await plant.ready()
+        plant.faults.failing.add("thaw")
+        await plant.change(sandbox, checkpoint=Checkpoint(id=S1))
+        await asyncio.sleep(0.1)
+        assert frozen(plant, sandbox)
+        plant.faults.failing.clear()
+        await asyncio.sleep(3.0)
+        assert not frozen(plant, sandbox)
+        assert status_of(plant, sandbox).phase is Phase.READY
+        assert set(snapshots(plant)) == {S1}
+
+    play(script)
+
+
+def test_a_freeze_given_up_half_way_leaves_nobody_standing_still() -> None:
+    async def script(plant: Plant) -> None:
+        sandbox = await plant.ready()
+        plant.faults.stuck.update({"freeze", "thaw"})
+        await plant.change(sandbox, frozen=True)
+        await asyncio.sleep(0.5)
+        plant.kernel.cgroups[f"sb-{sandbox}"] = True  # the attempt got that far
+        await plant.change(sandbox, frozen=False)
+        await asyncio.sleep(6.0)
+        plant.faults.stuck.clear()
+        await asyncio.sleep(5.0)
+        assert status_of(plant, sandbox).phase is Phase.READY
+        assert not frozen(plant, sandbox)
 
     play(script)
