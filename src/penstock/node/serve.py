@@ -35,7 +35,15 @@ async def serve(one: Supervisor) -> None:
         elif one.order is not None:
             one.fire(Event.KILL, one.order.because, one.order.reason)
         else:
+            before = _mark(one)
             await _once(one)
+            if _mark(one) != before:
+                one.poked.set()  # one poke may stand for several wishes: look again until nothing is left to do
+
+
+def _mark(one: Supervisor) -> tuple[object, ...]:
+    """What a pass changes when it did something; what failed leaves it as it was, and comes again later."""
+    return one.phase, one.may_be_frozen, one.stands_still, one.status.checkpoint_done, one.climb.next()
 
 
 async def _once(one: Supervisor) -> None:

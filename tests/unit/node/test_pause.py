@@ -10,7 +10,7 @@ import pytest
 from penstock.model import keys
 from penstock.model.drain import Disposition, Fate
 from penstock.model.ids import SandboxId, SnapshotId
-from penstock.model.sandbox import Checkpoint, KillReason, OnTimeout, Phase, SandboxStatus
+from penstock.model.sandbox import Checkpoint, EgressRules, KillReason, OnTimeout, Phase, SandboxStatus
 from penstock.model.snapshot import Snapshot, SnapshotKind
 from penstock.sim.guests import Manner
 from tests.unit.node.plant import Plant, play
@@ -454,5 +454,24 @@ def test_a_freeze_given_up_half_way_leaves_nobody_standing_still() -> None:
         await asyncio.sleep(5.0)
         assert status_of(plant, sandbox).phase is Phase.READY
         assert not frozen(plant, sandbox)
+
+    play(script)
+
+
+def test_a_resume_that_comes_with_other_rules_has_them_too() -> None:
+    """One poke stands for several wishes: what comes second must not wait for a poke that may never come."""
+
+    async def script(plant: Plant) -> None:
+        sandbox = await plant.ready()
+        await plant.change(sandbox, frozen=True)
+        await plant.reach(sandbox, Phase.PAUSED)
+        await asyncio.sleep(1.0)
+        rules = EgressRules(internet=False)
+        revision = await plant.change(sandbox, frozen=False, egress=rules)
+        await plant.reach(sandbox, Phase.READY)
+        await asyncio.sleep(1.0)
+        status = status_of(plant, sandbox)
+        assert plant.kernel.slots[status.slot] == rules
+        assert status.spec_revision >= revision
 
     play(script)
