@@ -10,7 +10,7 @@ from typing import Annotated, Any, Final, Optional
 
 import typer
 
-from penstock.cli.show import as_json, fails_clearly, fields, note, plain_id, table
+from penstock.cli.show import as_json, delete_each, fails_clearly, fields, note, plain_id, table
 
 CHUNK_BYTES: Final = 256 * 1024
 CANNOT_BE_RUN: Final = 126  # as a shell ends (POSIX, 2.8.2)
@@ -260,28 +260,8 @@ def snapshot(
 @fails_clearly
 def kill(ids: Ids, data: Data = None, json: Json = False) -> None:
     """Kill sandboxes; returns when they are verified gone."""
-    from penstock.cli.client import CallFailed
-    from penstock.core.errors import Kind
-
-    killed, missing = [], []
     with _client(data) as client:
-        for id in ids:
-            try:
-                client.call("DELETE", f"/sandboxes/{id}")
-                killed.append(id)
-            except CallFailed as error:
-                if error.kind is not Kind.NOT_FOUND:
-                    raise
-                missing.append(id)
-    if json:
-        as_json({"killed": killed, "not_found": missing})
-    else:
-        for id in killed:
-            print(id)
-        for id in missing:
-            note(f"penstock: no sandbox {id}")
-    if missing:
-        raise SystemExit(4)
+        delete_each(client, ids, lambda id: f"/sandboxes/{id}", what="sandbox", done="killed", json=json)
 
 
 def _run(client: Any, box: dict[str, Any], message: dict[str, Any], user: str | None, *, piped: bool) -> int:

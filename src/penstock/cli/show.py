@@ -104,3 +104,29 @@ def fails_clearly(function: Function) -> Function:
             raise SystemExit(EXIT_CODES[Kind.INTERNAL]) from None
 
     return run  # type: ignore[return-value]
+
+
+def delete_each(
+    client: Any, ids: Sequence[str], path: Callable[[str], str], *, what: str, done: str, json: bool
+) -> None:
+    """DELETE each, and print which were there. Those that were not are named; then the exit code is 4."""
+    from penstock.cli.client import CallFailed
+
+    gone, missing = [], []
+    for id in ids:
+        try:
+            client.call("DELETE", path(id))
+            gone.append(id)
+        except CallFailed as error:
+            if error.kind is not Kind.NOT_FOUND:
+                raise
+            missing.append(id)
+    if json:
+        as_json({done: gone, "not_found": missing})
+    else:
+        for id in gone:
+            print(id)
+        for id in missing:
+            note(f"penstock: no {what} {id}")
+    if missing:
+        raise SystemExit(EXIT_CODES[Kind.NOT_FOUND])

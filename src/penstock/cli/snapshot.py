@@ -7,7 +7,7 @@ from urllib.parse import quote
 
 import typer
 
-from penstock.cli.show import as_json, fails_clearly, note, table
+from penstock.cli.show import as_json, delete_each, fails_clearly, table
 
 app = typer.Typer(help="Snapshots that sandboxes are created from.", no_args_is_help=True)
 
@@ -57,25 +57,7 @@ def delete(
     ids: Annotated[list[str], typer.Argument(help="Snapshot ids or names.")], data: Data = None, json: Json = False
 ) -> None:
     """Delete snapshots. Sandboxes made from them have their own copies."""
-    from penstock.cli.client import CallFailed
-    from penstock.core.errors import Kind
-
-    deleted, missing = [], []
     with _client(data) as client:
-        for id in ids:
-            try:
-                client.call("DELETE", f"/templates/{quote(id, safe='')}")
-                deleted.append(id)
-            except CallFailed as error:
-                if error.kind is not Kind.NOT_FOUND:
-                    raise
-                missing.append(id)
-    if json:
-        as_json({"deleted": deleted, "not_found": missing})
-    else:
-        for id in deleted:
-            print(id)
-        for id in missing:
-            note(f"penstock: no snapshot {id}")
-    if missing:
-        raise SystemExit(4)
+        delete_each(
+            client, ids, lambda id: f"/templates/{quote(id, safe='')}", what="snapshot", done="deleted", json=json
+        )
