@@ -7,6 +7,7 @@ and decides itself whether that is a disconnect. A connection that broke is cut 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any
 
 from penstock.core.breaker import BreakerFull
@@ -186,14 +187,14 @@ class Client(Connection):
             elif isinstance(choice, Refusal) and choice.cause != "not_found":
                 self._refuse(choice)
             else:
-                self._dialling = self.hub.spawn(self._look_again(aim), name="look again")
+                self._spawn(self._look_again(aim), "look again")
         elif isinstance(aim, Refusal):
             self._refuse(aim)
         elif isinstance(aim, Own):
             self._answer_own(aim)
         else:
             assert isinstance(aim, Signed)
-            self._dialling = self.hub.spawn(self._find_signed(aim), name="signed URL")
+            self._spawn(self._find_signed(aim), "signed URL")
 
     async def _look_again(self, target: Target) -> None:
         """Before a sandbox is said to be unknown or asleep, the table hears all that was true when the request came.
@@ -250,16 +251,25 @@ class Client(Connection):
     def _mask(self, pattern: str, port: int) -> None:
         assert self.asked is not None
         head = self.asked.head
-        self._forward = request_bytes(
-            head,
-            upgrade=self.asked.upgrade is not None,
-            host=mask(pattern, port),
-            forwarded_host=head.header(b"host"),
-        )
+        upgrade, host = self.asked.upgrade is not None, mask(pattern, port)
+        self._forward = request_bytes(head, upgrade=upgrade, host=host, forwarded_host=head.header(b"host"))
 
     def _dial(self, route: Route) -> None:
         assert self.target is not None
-        self._dialling = self.hub.spawn(self._dial_and_send(route, self.target), name=f"dial {route.sandbox}")
+        self._spawn(self._dial_and_send(route, self.target), f"dial {route.sandbox}")
+
+    def _spawn(self, doing: Coroutine[Any, Any, None], name: str) -> None:
+        self._dialling = self.hub.spawn(self._or_cut(doing), name=name)
+
+    async def _or_cut(self, doing: Coroutine[Any, Any, None]) -> None:
+        """A bug of ours cuts the connection: nobody may wait for an answer that nobody will give."""
+        try:
+            await doing
+        except Exception:
+            if self.stage is not _CLOSED:
+                self._let_go()
+                self._cut()
+            raise
 
     async def _dial_and_send(self, route: Route, target: Target) -> None:
         try:
@@ -287,15 +297,18 @@ class Client(Connection):
         upstream.begin(self)
         if self.write_paused:
             upstream.pause_reading()
-        if self._body is not None and self._held:
-            data = bytes(self._held)
-            self._held.clear()
+        if (
+            not upstream.transport.is_closing()
+        ):  # a new one may have hung up already, and uvloop raises for a write then
             upstream.transport.write(self._forward)
-            self._read_body(data)
-            if self.upstream is not None:
-                self.upstream_drained()
-        else:
-            upstream.transport.write(self._forward)
+            if self._body is not None and self._held:
+                data = bytes(self._held)
+                self._held.clear()
+                self._read_body(data)
+                if self.upstream is not None:
+                    self.upstream_drained()
+        if not upstream.reused:
+            upstream.hear_out()
         if self._finished:
             self._finish_early()
 

@@ -42,6 +42,7 @@ class Upstream(Pipe):
     __slots__ = (
         "_answered",
         "_body",
+        "_early",
         "_held",
         "_interims",
         "client",
@@ -64,15 +65,27 @@ class Upstream(Pipe):
         self._body: Body | None = None
         self._answered: Answered | None = None
         self._held = bytearray()  # an unfinished head
+        self._early = b""  # said by a server that was not asked yet
         self._interims = 0
 
     # ---- what its owner does
 
     def begin(self, client: Client) -> None:
-        """Serve `client`'s request: the caller writes it next."""
-        assert self.client is None and self.stage is _IDLE, self.stage
+        """Serve `client`'s request: the caller writes it next, then calls `hear_out`."""
+        assert self.client is None and (self.stage is _IDLE or not self.reused), self.stage
         self.client = client
         self.stage = _HEAD
+
+    def hear_out(self) -> None:
+        """What a new server said, or that it hung up, before it was asked: its answer, as to a request it refuses.
+
+        A guest with too many connections does so, and may be faster than we are.
+        """
+        early, self._early = self._early, b""
+        if early:
+            self.data_received(early)
+        if self.client is not None and self.transport.is_closing():
+            self.connection_lost(None)
 
     def abandon(self) -> None:
         """Whoever asked is gone. The server learns it at once, by a reset where there is one."""
@@ -94,6 +107,9 @@ class Upstream(Pipe):
     def data_received(self, data: bytes) -> None:
         client = self.client
         if client is None:
+            if not self.reused and self.stage is _IDLE and len(self._early) + len(data) <= HEAD_BYTES_MAX:
+                self._early += data  # nobody else was ever served by it, so it can only mean who comes next
+                return
             self.hub.pool.forget(self)
             self.abandon()
             return

@@ -41,13 +41,16 @@ class TestDialler(LinuxDialler):
         self.ports: dict[tuple[str, int], int] = {}
         self.dials = 0
         self.full = False
+        self.late_s = 0.0  # from a guest's accept until we go on: it may speak first
 
     async def dial(self, route, port, make):
         self.dials += 1
         if self.full:
             raise NoDescriptor("none left")
         if port == GUEST_PORT:
-            return await super().dial(route, port, make)
+            made = await super().dial(route, port, make)
+            await asyncio.sleep(self.late_s)
+            return made
         real = self.ports.get((route.sandbox, port))
         if real is None:
             raise PortClosed("nobody listens")

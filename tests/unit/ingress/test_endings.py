@@ -265,3 +265,52 @@ async def test_stopping_cuts_what_does_not_end(ingress: Fixture):
     with pytest.raises(ConnectionResetError):
         await asyncio.wait_for(reader.read(), 1)
     writer.close()
+
+
+@pytest.mark.parametrize("body", [b"", b"x" * 2000])
+async def test_a_server_that_refuses_before_it_is_asked_is_heard(ingress: Fixture, body: bytes):
+    """A guest with too many connections says so at once and hangs up: before our request, when it is the faster one."""
+
+    async def refuses(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 4\r\nConnection: close\r\n\r\nfull")
+        writer.close()
+
+    await ingress.guest(refuses)
+    ingress.dialler.late_s = 0.1
+    reader, writer = await ingress.open()
+    writer.write(head(method="POST", extra=f"Content-Length: {len(body)}\r\n") + body)
+    got, said = await read_response(reader)
+    assert got.startswith(b"HTTP/1.1 503 ") and said == b"full"
+    assert await settled(ingress)
+    writer.close()
+
+
+async def test_a_server_that_hangs_up_before_it_is_asked_leaves_no_request_without_an_answer(ingress: Fixture):
+    async def hangs_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.close()
+
+    await ingress.guest(hangs_up)
+    ingress.dialler.late_s = 0.1
+    reader, writer = await ingress.open()
+    writer.write(head())
+    got, _ = await read_response(reader)
+    assert got.startswith(b"HTTP/1.1 502 ")
+    assert await settled(ingress)
+    writer.close()
+
+
+async def test_a_bug_on_the_way_to_a_server_cuts_the_connection(ingress: Fixture, monkeypatch: pytest.MonkeyPatch):
+    heard: list[BaseException] = []
+    monkeypatch.setattr(ingress.hub._crew, "_on_error", lambda name, error: heard.append(error))
+
+    async def bug(route: Route, port: int, make: object) -> None:
+        raise RuntimeError("a bug")
+
+    await ingress.guest(echo)
+    ingress.dialler.dial = bug  # type: ignore[method-assign]
+    reader, writer = await ingress.open()
+    writer.write(head())
+    with pytest.raises(ConnectionResetError):
+        await asyncio.wait_for(reader.read(), 2)
+    assert [str(error) for error in heard] == ["a bug"]
+    writer.close()
