@@ -398,5 +398,3 @@ class Client(Connection):
 
     def _sandbox(self) -> str:
         return self.target.sandbox if self.target is not None else ""
-
-    # ---- time
