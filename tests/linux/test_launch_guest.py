@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -86,3 +87,13 @@ async def test_how_pid_1_ended_is_known_though_it_is_nobodys_child(lab: Lab, tmp
     async with lab.sandbox("kill", layers=[str(tmp_path / "empty")]) as sandbox:
         sandbox.process.signal(9)
         assert await asyncio.wait_for(sandbox.process.wait(), ANSWERS_WITHIN_S) == 9
+
+
+async def test_told_to_end_with_nobody_to_pass_it_on_to_it_ends_well(lab: Lab, tmp_path: Path) -> None:
+    """A drain tells an idle sandbox so: that is no failure of its guest."""
+    (tmp_path / "idle").mkdir()
+    async with lab.sandbox("idle", layers=[str(tmp_path / "idle")]) as sandbox:
+        assert (await ask(sandbox, "GET /health")).startswith(b"HTTP/1.1 204")
+        sandbox.process.signal(signal.SIGTERM)
+        status = await asyncio.wait_for(sandbox.process.wait(), ANSWERS_WITHIN_S)
+        assert status == 0, os.waitstatus_to_exitcode(status or 0)

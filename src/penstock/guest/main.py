@@ -206,8 +206,8 @@ class Guest:
     async def _end_processes(self) -> None:
         """SIGTERM to all, SIGKILL after STOP_TERM_S to those left; as pid 1 the kernel ends the rest with us."""
         if self._is_init:
-            os.kill(-1, signal.SIGTERM)
-            os.kill(-1, signal.SIGCONT)  # a stopped process cannot act on the first
+            _signal_all(signal.SIGTERM)
+            _signal_all(signal.SIGCONT)  # a stopped process cannot act on the first
         self._processes.signal_all(signal.SIGTERM)
         loop = asyncio.get_running_loop()
         timer = loop.call_later(STOP_TERM_S, self._kill_all)
@@ -221,7 +221,7 @@ class Guest:
 
     def _kill_all(self) -> None:
         if self._is_init:
-            os.kill(-1, signal.SIGKILL)
+            _signal_all(signal.SIGKILL)
         self._processes.signal_all(signal.SIGKILL)
 
     def _write_facts(self) -> None:
@@ -268,6 +268,14 @@ def _share_descriptors() -> Budget:
     room = (NOFILE_UNLIMITED if soft == resource.RLIM_INFINITY else soft) - FDS_OWN
     processes = max(8, min(PROCESSES_MAX, room // 2 // FDS_PER_PROCESS))
     return Budget(connections=max(16, min(CONNECTIONS_MAX, room // 4)), processes=processes)
+
+
+def _signal_all(number: int) -> None:
+    """By pid 1: to every other process of the sandbox. Nobody else is success, and says so by an error (kill(2))."""
+    try:
+        os.kill(-1, number)
+    except ProcessLookupError:
+        pass
 
 
 def _has_children() -> bool:
